@@ -1,0 +1,52 @@
+package supervisor
+
+import "time"
+
+// Restart policy. The figures are those of the design: a plugin that dies once is back at once, one that
+// keeps dying neither burns the host nor hides; facts of other supervisors (5 s to 2 min without jitter)
+// are slower than VMs' users would like.
+const (
+	firstDelay       = 250 * time.Millisecond // before the second restart in a row
+	longestDelay     = 30 * time.Second
+	healthyAfter     = 60 * time.Second // this long up, and the next restart is immediate again
+	quarantineDeaths = 5
+	quarantineWindow = 2 * time.Minute
+)
+
+// restartPolicy decides what follows a death. Not safe for concurrent use.
+type restartPolicy struct {
+	inARow int         // deaths since it was last healthy for long
+	deaths []time.Time // within the window
+	jitter func() float64
+}
+
+// died records a death at now, after up (0: it never came up), and says how long to wait, or that it is
+// enough.
+func (p *restartPolicy) died(now time.Time, up time.Duration) (delay time.Duration, quarantine bool) {
+	if up >= healthyAfter {
+		p.inARow = 0
+	}
+	keep := p.deaths[:0]
+	for _, t := range p.deaths {
+		if now.Sub(t) < quarantineWindow {
+			keep = append(keep, t)
+		}
+	}
+	p.deaths = append(keep, now)
+	if len(p.deaths) >= quarantineDeaths {
+		return 0, true
+	}
+	if p.inARow > 0 {
+		delay = longestDelay
+		if shift := p.inARow - 1; shift < 7 { // 0.25 s << 7 = 32 s
+			delay = firstDelay << shift
+		}
+		// Between 80 % and 120 %, so that plugins that died together do not start together.
+		delay = time.Duration(float64(delay) * (0.8 + 0.4*p.jitter()))
+	}
+	p.inARow++
+	return min(delay, longestDelay), false
+}
+
+// forgive forgets all deaths.
+func (p *restartPolicy) forgive() { p.inARow, p.deaths = 0, nil }
