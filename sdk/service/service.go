@@ -67,6 +67,7 @@ const (
 	FeatureVMMCounters    Feature = 305 // vmm.Counter
 	FeatureVMMBackup      Feature = 306 // vmm.Backuper
 	FeatureVMMDiskResize  Feature = 307 // vmm.DiskResizer: tell the guest that a disk has grown
+	FeatureVMMVhostUser   Feature = 308 // vmm.VhostUserer: NICs by vhost-user socket
 	FeatureLogVerify      Feature = 401 // log.Verifier: audit chain
 	FeatureLogBackup      Feature = 402 // log.Backuper
 )

@@ -377,5 +377,9 @@ type DeviceCounters struct {
 	WriteOps   uint64
 }
 
+// VhostUserer marks the optional feature FeatureVMMVhostUser: NICs may be attached by a vhost-user socket,
+// which is then preferred to TAPs.
+type VhostUserer interface{ TakesVhostUser() }
+
 // Backuper is the optional feature FeatureVMMBackup.
 type Backuper = service.Backuper
