@@ -1,0 +1,124 @@
+package launcher
+
+import (
+	"errors"
+	"os"
+	"sort"
+	"strings"
+
+	"github.com/mvirt/mvirt/core/internal/config"
+	"github.com/mvirt/mvirt/sdk/errs"
+	"github.com/mvirt/mvirt/sdk/service"
+)
+
+// spec is all that is needed to start one plugin; it comes from the configuration alone.
+type spec struct {
+	kind    service.Kind
+	command string
+	args    []string
+	env     []string
+	sha256  string
+	dataDir string
+	id      identity
+	caps    uint64
+	nofile  uint64
+}
+
+// table is what may be started, and for whom.
+type table struct {
+	specs map[service.Kind]*spec
+	core  identity
+	root  bool // identities are switched to; otherwise everything runs as the current user
+	trust trust
+}
+
+// newTable resolves the names in the configuration. All problems are reported at once.
+func newTable(cfg *config.Config, root bool, acc accounts) (*table, error) {
+	t := &table{specs: map[service.Kind]*spec{}, root: root, trust: ownTrust()}
+	self := identity{UID: uint32(os.Geteuid()), GID: uint32(os.Getegid())}
+	var problems []error
+	t.core = self
+	if root {
+		var groups []string
+		if cfg.Core.SocketGroup != "" {
+			groups = []string{cfg.Core.SocketGroup} // so that the core may hand its socket to that group
+		}
+		id, err := acc.identity("core", cfg.Core.User, cfg.Core.Group, groups)
+		if err == nil && id.UID == 0 {
+			err = errs.New(errs.Precondition, "core.user: the core must not run as root").Because("CORE_IS_ROOT").
+				Do(`set user = "mvirt" in [core]; useradd --system --user-group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin mvirt`)
+		}
+		problems = append(problems, err)
+		t.core = id
+	}
+	bounding, err := ownBounding()
+	problems = append(problems, err)
+	for _, k := range cfg.Kinds() {
+		p := cfg.Plugins[k]
+		if p.Attach != "" {
+			continue
+		}
+		key := "plugin." + string(k)
+		s := &spec{kind: k, command: p.Command, args: p.Arguments(), sha256: p.SHA256, dataDir: p.DataDir, id: self, nofile: p.NoFile}
+		s.env = environment(p)
+		caps, err := capabilitySet(p.Capabilities)
+		if err != nil {
+			problems = append(problems, errs.Wrap(errs.Precondition, err, "%s.capabilities", key))
+		}
+		if root {
+			if s.id, err = acc.identity(key, p.User, p.Group, p.Groups); err != nil {
+				problems = append(problems, err)
+			}
+			s.caps = caps
+			if lacking := caps &^ bounding; lacking != 0 {
+				problems = append(problems, errs.New(errs.Precondition, "%s.capabilities: mvirtd itself may not hold %s here (it is not in its bounding set)",
+					key, strings.Join(CapabilityNames(lacking), ", ")).Because("CAPABILITY_MISSING").
+					Do("start mvirtd outside the container, or allow it the capability"))
+			}
+			if p.WorkerUser != "" {
+				if _, _, err := acc.user(p.WorkerUser); err != nil {
+					problems = append(problems, errs.Wrap(errs.Precondition, err, "%s.worker_user", key))
+				}
+			}
+		}
+		t.specs[k] = s
+	}
+	return t, errors.Join(problems...)
+}
+
+// environment is a plugin's environment without what the handshake adds.
+func environment(p *config.Plugin) []string {
+	home := p.DataDir
+	if home == "" {
+		home = "/"
+	}
+	env := []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", "HOME=" + home}
+	names := make([]string, 0, len(p.Env))
+	for k := range p.Env {
+		names = append(names, k)
+	}
+	sort.Strings(names)
+	for _, k := range names {
+		env = append(env, k+"="+p.Env[k])
+	}
+	return env
+}
+
+// Grant is what a plugin is given, for showing.
+type Grant struct {
+	UID, GID     uint32
+	Groups       []uint32
+	Capabilities []string // permitted, effective and the whole bounding set
+	NoNewPrivs   bool
+	Enforced     bool // false: not root, so nothing was set but no_new_privs
+}
+
+// Grants tells what each plugin is given under a configuration, by what is in /etc/passwd now.
+func Grants(cfg *config.Config, root bool) (map[service.Kind]Grant, error) {
+	t, err := newTable(cfg, root, systemAccounts())
+	out := map[service.Kind]Grant{}
+	for k, s := range t.specs {
+		out[k] = Grant{UID: s.id.UID, GID: s.id.GID, Groups: s.id.Groups, Capabilities: CapabilityNames(s.caps), NoNewPrivs: true, Enforced: root}
+	}
+	return out, err
+}
