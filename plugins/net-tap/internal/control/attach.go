@@ -1,0 +1,191 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"os"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/mvirt/mvirt/plugins/net-tap/internal/hostnet"
+	"github.com/mvirt/mvirt/plugins/net-tap/internal/store"
+	"github.com/mvirt/mvirt/plugins/net-tap/internal/wctl"
+	"github.com/mvirt/mvirt/sdk/errs"
+	"github.com/mvirt/mvirt/sdk/net"
+)
+
+// maxQueues bounds queue pairs: the kernel's limit for a TAP is 256, a guest has no use for more than it
+// has vCPUs, and one packet worker serves them all.
+const maxQueues = 16
+
+// Attach implements net.Service.
+func (s *Service) Attach(_ context.Context, req net.AttachRequest) (net.Attachment, error) {
+	if req.Owner.VMID == "" {
+		return net.Attachment{}, errs.Field("owner", "say which VM attaches", "the owner has no VM id")
+	}
+	req.Queues = max(req.Queues, 1)
+	if req.Queues > maxQueues {
+		return net.Attachment{}, errs.Field("queues", "ask for at most 16", "%d queue pairs are too many", req.Queues)
+	}
+	if !slices.Contains(req.Modes, net.AttachTAPFD) {
+		return net.Attachment{}, errs.New(errs.Unsupported, "none of the attach modes asked for is possible").
+			Do("use a hypervisor driver that takes TAP descriptors")
+	}
+	if s.priv != nil {
+		return net.Attachment{}, s.priv
+	}
+	s.mu.Lock()
+	rec := s.nicLocked(req.NICID)
+	var rt *runtime
+	if rec != nil {
+		rt = s.nets[rec.NetworkID]
+	}
+	s.mu.Unlock()
+	if rec == nil {
+		return net.Attachment{}, notFound("nic", req.NICID)
+	}
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	return s.attachTAP(rt, rec.ID, &req)
+}
+
+// attachTAP attaches with rt.mu held.
+func (s *Service) attachTAP(rt *runtime, id string, req *net.AttachRequest) (net.Attachment, error) {
+	s.mu.Lock()
+	rec, n := s.data.NICs[id], s.data.Networks[rt.id]
+	if rec == nil || n == nil {
+		s.mu.Unlock()
+		return net.Attachment{}, notFound("nic", req.NICID)
+	}
+	fresh := rec.Attach == nil
+	if a := rec.Attach; a != nil && a.VMID != req.Owner.VMID {
+		s.mu.Unlock()
+		return net.Attachment{}, errs.New(errs.Precondition, "it is attached to VM %s", a.VMID).With(resNIC(rec)).
+			Because("NIC_IN_USE").Do("stop that VM or detach the NIC first")
+	}
+	next := *rec
+	next.Attach = &store.Attach{VMID: req.Owner.VMID, UID: req.Owner.UID, GID: req.Owner.GID, Mode: net.AttachTAPFD, Queues: req.Queues}
+	replace := !fresh && rec.Attach.Queues != req.Queues
+	// Recorded before it is made: a crash in between is finished at the next start, and undone by Detach.
+	err := s.commitLocked(func() { s.data.NICs[id] = &next }, store.PutNIC(&next))
+	s.mu.Unlock()
+	if err != nil {
+		return net.Attachment{}, err
+	}
+	if replace { // another number of queues is another device
+		rt.dropTAP(&next)
+	}
+	queues, err := rt.tap(&next, &n.Request)
+	if err == nil {
+		err = rt.connect(&next)
+	}
+	if err != nil {
+		if fresh {
+			err = errors.Join(err, s.unattach(rt, &next))
+		}
+		return net.Attachment{}, &errs.Error{Op: "net.Attach", Resource: resNIC(rec), Kind: errs.KindOf(err), Err: err}
+	}
+	att := net.Attachment{Mode: net.AttachTAPFD, MAC: rec.MAC, MTU: n.Request.MTU, Queues: req.Queues}
+	for _, q := range queues {
+		fd, err := unix.FcntlInt(q.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+		if err != nil {
+			for _, f := range att.TAP {
+				f.Close()
+			}
+			return net.Attachment{}, errs.Wrap(errs.Unknown, err, "duplicate the TAP's descriptor")
+		}
+		att.TAP = append(att.TAP, os.NewFile(uintptr(fd), "/dev/net/tun"))
+	}
+	return att, nil
+}
+
+// Detach implements net.Service.
+func (s *Service) Detach(_ context.Context, req net.DetachRequest) error {
+	s.mu.Lock()
+	rec := s.nicLocked(req.NICID)
+	if rec == nil {
+		s.mu.Unlock()
+		return nil
+	}
+	rt := s.nets[rec.NetworkID]
+	s.mu.Unlock()
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	s.mu.Lock()
+	rec = s.data.NICs[rec.ID]
+	s.mu.Unlock()
+	if rec == nil || rec.Attach == nil || rec.Attach.VMID != req.VMID {
+		return nil // that VM's attachment is gone already
+	}
+	return s.unattach(rt, rec)
+}
+
+// unattach takes a data path down and forgets it, with rt.mu held.
+func (s *Service) unattach(rt *runtime, rec *nicRec) error {
+	rt.dropTAP(rec)
+	next := *rec
+	next.Attach = nil
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.commitLocked(func() { s.data.NICs[rec.ID] = &next }, store.PutNIC(&next))
+}
+
+// tap returns a NIC's TAP queues, the ones held or opened anew.
+func (rt *runtime) tap(rec *nicRec, n *net.CreateNetworkRequest) ([]*os.File, error) {
+	if q := rt.taps[rec.ID]; len(q) > 0 && rt.ns.HasLink(rec.IfName) {
+		return q, nil
+	}
+	if err := rt.ensureNS(); err != nil {
+		return nil, err
+	}
+	t := hostnet.TAP{Name: rec.IfName, Alias: rt.s.instance.Alias("nic", rec.ID), MTU: int(n.MTU), Queues: int(rec.Attach.Queues)}
+	queues, err := rt.ns.OpenTAP(t)
+	if errors.Is(err, unix.EINVAL) { // one with another number of queues is left
+		if err = rt.ns.DeleteLink(rec.IfName); err == nil {
+			queues, err = rt.ns.OpenTAP(t)
+		}
+	}
+	if errors.Is(err, unix.EBUSY) {
+		return nil, errs.New(errs.Precondition, "a hypervisor still holds TAP %s", rec.IfName).Because("NIC_IN_USE").
+			Do("stop the VM's hypervisor, or detach the NIC")
+	}
+	if err != nil {
+		return nil, errs.Wrap(errs.Internal, err, "make TAP %s", rec.IfName)
+	}
+	rt.closeTAP(rec.ID)
+	rt.taps[rec.ID] = queues
+	return queues, nil
+}
+
+// connect gives the worker its side of a NIC's TAP.
+func (rt *runtime) connect(rec *nicRec) error {
+	fd, err := rt.ns.PacketSocket(rec.IfName)
+	if err != nil {
+		return errs.Wrap(errs.Internal, err, "packet socket on %s", rec.IfName)
+	}
+	defer unix.Close(fd)
+	fds := []int{fd}
+	for _, q := range rt.taps[rec.ID] {
+		fds = append(fds, int(q.Fd()))
+	}
+	return rt.call(wctl.Request{Op: wctl.OpAttachTAP, ID: rec.ID, Sockets: 1}, fds...)
+}
+
+// dropTAP takes a NIC's data path down: the worker's side first, then the device.
+func (rt *runtime) dropTAP(rec *nicRec) {
+	rt.push(wctl.Request{Op: wctl.OpDetach, ID: rec.ID})
+	rt.closeTAP(rec.ID)
+	if rt.ns != nil {
+		if err := rt.ns.DeleteLink(rec.IfName); err != nil {
+			rt.s.log.Error("delete a TAP", "nic", rec.Name, "interface", rec.IfName, "error", err)
+		}
+	}
+}
+
+func (rt *runtime) closeTAP(id string) {
+	for _, q := range rt.taps[id] {
+		q.Close()
+	}
+	delete(rt.taps, id)
+}

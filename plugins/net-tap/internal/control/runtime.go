@@ -1,0 +1,346 @@
+package control
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/mvirt/mvirt/plugins/net-tap/internal/engine"
+	"github.com/mvirt/mvirt/plugins/net-tap/internal/hostnet"
+	"github.com/mvirt/mvirt/plugins/net-tap/internal/wctl"
+	"github.com/mvirt/mvirt/sdk/errs"
+	"github.com/mvirt/mvirt/sdk/net"
+	"github.com/mvirt/mvirt/sdk/service"
+)
+
+// callWait bounds a question to a worker. It answers from memory; one that takes longer hangs and is
+// replaced.
+const callWait = 3 * time.Second
+
+// runtime is what exists of one network: its namespace, its worker, its TAPs.
+type runtime struct {
+	s      *Service
+	id     string
+	pid    atomic.Uint32
+	client atomic.Pointer[wctl.Client]
+	kicked chan struct{} // wakes keep
+
+	mu     sync.Mutex
+	ns     *hostnet.NS
+	taps   map[string][]*os.File // queues of attached NICs, kept to be given again
+	gone   bool                  // deleted, or the service stops
+	deaths []time.Time           // of the worker, the recent ones
+}
+
+// newRuntime makes a network's runtime and starts what keeps it.
+func (s *Service) newRuntime(id string) *runtime {
+	rt := &runtime{s: s, id: id, taps: map[string][]*os.File{}, kicked: make(chan struct{}, 1)}
+	s.wg.Add(1)
+	go rt.keep()
+	return rt
+}
+
+// records returns the network's record and its NICs'.
+func (rt *runtime) records() (*netRec, []*nicRec) {
+	rt.s.mu.Lock()
+	defer rt.s.mu.Unlock()
+	var nics []*nicRec
+	for _, n := range rt.s.data.NICs {
+		if n.NetworkID == rt.id {
+			nics = append(nics, n)
+		}
+	}
+	return rt.s.data.Networks[rt.id], nics
+}
+
+// ensure makes everything of the network as it should be: worker, namespace, uplink, TAPs. rt.mu is held.
+func (rt *runtime) ensure() error {
+	rec, nics := rt.records()
+	if rec == nil || rt.gone {
+		return errs.New(errs.NotFound, "the network is gone")
+	}
+	hello, err := rt.ensureWorker()
+	if err != nil {
+		return errs.Wrap(errs.Internal, err, "start the packet worker")
+	}
+	if err := rt.call(wctl.Request{Op: wctl.OpNetwork, Network: rt.s.engineNetwork(rec)}); err != nil {
+		return err
+	}
+	known, err := rt.status("")
+	if err != nil {
+		return err
+	}
+	for _, n := range nics {
+		if err := rt.call(wctl.Request{Op: wctl.OpNIC, NIC: engineNIC(n)}); err != nil {
+			return err
+		}
+		if n.Attach != nil && known[n.ID] != nil && known[n.ID].Attached {
+			continue
+		}
+		delete(known, n.ID)
+	}
+	for id := range known { // attached ones that stay, and strangers
+		if !has(nics, id) {
+			if err := rt.call(wctl.Request{Op: wctl.OpDeleteNIC, ID: id}); err != nil {
+				return err
+			}
+		}
+	}
+	if rec.Request.Mode == net.ModeNAT {
+		if err := rt.ensureUplink(rec, hello.Uplink); err != nil {
+			return err
+		}
+	}
+	for _, n := range nics {
+		if n.Attach == nil {
+			continue
+		}
+		if err := rt.ensureAttached(n, &rec.Request, known[n.ID] != nil); err != nil {
+			rt.s.raise("NIC_BROKEN", n.ID, service.SeverityWarning, err)
+			continue
+		}
+		rt.s.clear("NIC_BROKEN", n.ID)
+	}
+	return rt.sweepTAPs(nics)
+}
+
+func has(nics []*nicRec, id string) bool {
+	for _, n := range nics {
+		if n.ID == id {
+			return true
+		}
+	}
+	return false
+}
+
+// engineNetwork is what the worker is told about the network.
+func (s *Service) engineNetwork(rec *netRec) *engine.Network {
+	r := &rec.Request
+	n := &engine.Network{Subnet4: r.Subnet4, Subnet6: r.Subnet6, MTU: int(r.MTU), DNS: r.DNS, NTP: r.NTP, Domain: r.Domain}
+	if r.HostAccess && rec.Link4.IsValid() {
+		n.HostAddrs = append(n.HostAddrs, rec.Link4.Addr())
+	}
+	return n
+}
+
+// ensureNS opens the network's namespace.
+func (rt *runtime) ensureNS() error {
+	if rt.s.priv != nil {
+		return rt.s.priv
+	}
+	if rt.ns != nil {
+		return nil
+	}
+	rec, _ := rt.records()
+	ns, err := rt.s.instance.EnsureNS(rec.NS)
+	if err != nil {
+		return errs.Wrap(errs.Internal, err, "network namespace")
+	}
+	if rec.Request.Mode == net.ModePrivate {
+		if err := ns.ApplyNFT(hostnet.PrivateRules()); err != nil {
+			ns.Close()
+			return nftError(err)
+		}
+	}
+	rt.ns = ns
+	return nil
+}
+
+func nftError(err error) error {
+	if errors.Is(err, hostnet.ErrNoNFT) {
+		return errs.New(errs.Precondition, "%v", err).Do("install nftables")
+	}
+	return errs.Wrap(errs.Internal, err, "load the packet filter")
+}
+
+func uplinkOf(rec *netRec) hostnet.Uplink {
+	return hostnet.Uplink{ID: rec.Request.ID, HostLink: rec.HostLink, Link4: rec.Link4, Subnet4: rec.Request.Subnet4,
+		MTU: int(rec.Request.MTU), Host: rec.Request.HostAccess}
+}
+
+// ensureUplink joins a nat network to the host; the host's protection is in place before the link.
+func (rt *runtime) ensureUplink(rec *netRec, attached bool) error {
+	if err := rt.ensureNS(); err != nil {
+		return err
+	}
+	if err := rt.s.applyHost(); err != nil {
+		return err
+	}
+	u := uplinkOf(rec)
+	if attached && rt.ns.HasLink(hostnet.UplinkTUN) {
+		if err := rt.ns.RepairUplink(rt.s.instance, u); err != nil {
+			return nftError(err)
+		}
+		return rt.hostRoute(u)
+	}
+	tun, err := rt.ns.EnsureUplink(rt.s.instance, u)
+	// A worker that was killed a moment ago may still be closing its own.
+	for end := time.Now().Add(callWait); errors.Is(err, unix.EBUSY) && time.Now().Before(end); {
+		time.Sleep(2 * time.Millisecond)
+		tun, err = rt.ns.EnsureUplink(rt.s.instance, u)
+	}
+	if err != nil {
+		return nftError(err)
+	}
+	defer tun.Close()
+	if err := rt.call(wctl.Request{Op: wctl.OpUplink}, int(tun.Fd())); err != nil {
+		return err
+	}
+	return rt.hostRoute(u)
+}
+
+// hostRoute lets the host reach the NICs, if that is wanted and nothing else has the subnet.
+func (rt *runtime) hostRoute(u hostnet.Uplink) error {
+	err := hostnet.HostRoute(u, u.Host)
+	if errors.Is(err, hostnet.ErrCollision) {
+		rt.s.raise("HOST_ROUTE_COLLISION", rt.id, service.SeverityWarning,
+			errs.Wrap(errs.Precondition, err, "the host cannot reach the NICs of this network").(*errs.Error).
+				Do("use another subnet for the network, or turn its host access off"))
+		return nil
+	}
+	if err == nil {
+		rt.s.clear("HOST_ROUTE_COLLISION", rt.id)
+	}
+	return errs.Wrap(errs.Internal, err, "the host's route to %s", u.Subnet4)
+}
+
+// ensureAttached makes an attached NIC's data path whole. live says that the worker has its port.
+func (rt *runtime) ensureAttached(n *nicRec, r *net.CreateNetworkRequest, live bool) error {
+	if err := rt.ensureNS(); err != nil {
+		return err
+	}
+	if live && rt.ns.HasLink(n.IfName) {
+		if len(rt.taps[n.ID]) == 0 { // an earlier control plane opened them: the worker kept them for us
+			_, fds, err := rt.ask(wctl.Request{Op: wctl.OpTAPFDs, ID: n.ID})
+			if err != nil {
+				return err
+			}
+			for _, fd := range fds {
+				rt.taps[n.ID] = append(rt.taps[n.ID], os.NewFile(uintptr(fd), "/dev/net/tun"))
+			}
+		}
+		return nil
+	}
+	if !rt.ns.HasLink(n.IfName) {
+		rt.closeTAP(n.ID)
+	}
+	if len(rt.taps[n.ID]) == 0 {
+		if _, err := rt.tap(n, r); err != nil && errs.ReasonOf(err) != "NIC_IN_USE" {
+			return err
+		} // in use is fine here: a hypervisor has the device, the engine needs only its own side
+	}
+	return rt.connect(n)
+}
+
+// sweepTAPs removes TAPs of ours that no record asks for.
+func (rt *runtime) sweepTAPs(nics []*nicRec) error {
+	if rt.ns == nil {
+		return nil
+	}
+	taps, err := rt.ns.TAPs(rt.s.instance)
+	if err != nil {
+		return err
+	}
+	want := map[string]bool{}
+	for _, n := range nics {
+		want[n.IfName] = n.Attach != nil
+	}
+	for _, t := range taps {
+		if !want[t] {
+			rt.s.log.Info("sweeping a TAP", "network", rt.id, "interface", t)
+			if err := rt.ns.DeleteLink(t); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// pushNIC tells the worker about a NIC; a worker that is gone learns it when it is back.
+func (rt *runtime) pushNIC(rec *nicRec) { rt.push(wctl.Request{Op: wctl.OpNIC, NIC: engineNIC(rec)}) }
+
+func (rt *runtime) push(req wctl.Request) {
+	if err := rt.call(req); err != nil && !rt.gone {
+		rt.s.log.Warn("packet worker", "network", rt.id, "operation", req.Op, "error", err)
+	}
+}
+
+func (rt *runtime) call(req wctl.Request, fds ...int) error {
+	_, got, err := rt.ask(req, fds...)
+	wctl.CloseAll(got)
+	return err
+}
+
+// ask is safe without rt.mu.
+func (rt *runtime) ask(req wctl.Request, fds ...int) (wctl.Reply, []int, error) {
+	c := rt.client.Load()
+	if c == nil {
+		return wctl.Reply{}, nil, errs.Wrap(errs.Unavailable, wctl.ErrGone, "")
+	}
+	rep, got, err := c.Call(req, fds...)
+	if errors.Is(err, wctl.ErrGone) {
+		select {
+		case <-c.Done():
+		default:
+			rt.killWorker() // it hangs; its watcher starts another
+		}
+		err = errs.Wrap(errs.Unavailable, err, "")
+	}
+	return rep, got, err
+}
+
+// status asks the worker about one NIC, or all.
+func (rt *runtime) status(id string) (map[string]*wctl.NICStatus, error) {
+	out := map[string]*wctl.NICStatus{}
+	req := wctl.Request{Op: wctl.OpStatus, ID: id}
+	if id != "" {
+		req.Op = wctl.OpNICStatus
+	}
+	for {
+		rep, fds, err := rt.ask(req)
+		wctl.CloseAll(fds)
+		if err != nil {
+			return nil, err
+		}
+		for i := range rep.NICs {
+			out[rep.NICs[i].ID] = &rep.NICs[i]
+		}
+		if !rep.More || len(rep.NICs) == 0 {
+			return out, nil
+		}
+		req.ID = rep.NICs[len(rep.NICs)-1].ID
+	}
+}
+
+// letGo closes what the control plane holds; what the kernel and the worker have stays. rt.mu is held.
+func (rt *runtime) letGo() {
+	rt.gone = true
+	rt.kick() // ends keep
+	if c := rt.client.Swap(nil); c != nil {
+		c.Close()
+	}
+	for id := range rt.taps {
+		rt.closeTAP(id)
+	}
+	if rt.ns != nil {
+		rt.ns.Close()
+		rt.ns = nil
+	}
+}
+
+// event hears from the worker.
+func (rt *runtime) event(ev wctl.Event) {
+	switch ev.Type {
+	case "trouble":
+		rt.s.raise("NIC_TROUBLE", ev.ID, service.SeverityWarning, fmt.Errorf("%s", ev.Text))
+		_ = rt.s.cfg.Host.Publish(rt.s.ctx, service.Event{Time: time.Now(), Type: "nic.error", Objects: []string{ev.ID},
+			Labels: map[string]string{"reason": ev.Text}})
+	case "fine":
+		rt.s.clear("NIC_TROUBLE", ev.ID)
+	}
+}
