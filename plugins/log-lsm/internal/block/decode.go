@@ -1,0 +1,527 @@
+package block
+
+import (
+	"encoding/binary"
+	"fmt"
+	"hash/crc32"
+	"time"
+
+	"github.com/klauspost/compress/zstd"
+
+	"github.com/mvirt/mvirt/plugins/log-lsm/internal/bits"
+	"github.com/mvirt/mvirt/plugins/log-lsm/internal/rec"
+	"github.com/mvirt/mvirt/sdk/log"
+)
+
+// Names resolves the numbers in blocks.
+type Names interface {
+	Shape(num uint32) (*Shape, error)
+	Object(num uint32) (string, error)
+}
+
+// maxHeap bounds what a block may unpack to: [Rows] entries of the largest size, and some.
+const maxHeap = 4 * Rows * (64 << 10)
+
+// Reader reads one block at a time. It refers to the bytes given to Open and is not safe for concurrent use.
+type Reader struct {
+	names Names
+	zdec  *zstd.Decoder
+
+	n        int
+	flags    byte
+	firstRow int
+	t0       int64
+	slope    uint64
+	times    bits.Column
+	ids      []byte
+	idEnds   bits.Column
+	ms       bits.Column
+	ida      bits.Column
+	idb      bits.Column
+	order    bits.Column
+	index    bits.Column
+	objN     bits.Column
+	objs     bits.Column
+	nums     []uint32
+	shapes   []*Shape
+	tail     []byte // from the variable parts on, read when first needed
+	ready    bool
+	cols     []bits.Column
+	colAt    []int    // first column of each shape of the block
+	rank     []uint16 // of each row among those of its shape
+	objAt    []uint32 // first object of each row, when their number varies
+	heap     []byte
+	rawHeap  []byte // as stored
+	heapLen  int
+	heapBuf  []byte
+	unpacked bool
+	hashes   []byte
+	scratch  []byte
+}
+
+// NewReader makes a reader.
+func NewReader(names Names) (*Reader, error) {
+	z, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxHeap), zstd.WithDecoderLowmem(true))
+	if err != nil {
+		return nil, err
+	}
+	return &Reader{names: names, zdec: z}, nil
+}
+
+// Close frees the reader.
+func (r *Reader) Close() { r.zdec.Close() }
+
+// Open begins reading a block whose first row has the number firstRow in its segment.
+func (r *Reader) Open(b []byte, firstRow int) error {
+	r.n, r.ready, r.unpacked = 0, false, false
+	if len(b) < 8 {
+		return ErrBad
+	}
+	if b[0] != Version {
+		return fmt.Errorf("block of format version %d, this program reads %d: %w", b[0], Version, ErrBad)
+	}
+	sum := binary.LittleEndian.Uint32(b[len(b)-4:])
+	b = b[:len(b)-4]
+	if crc32.Checksum(b, crcTable) != sum {
+		return fmt.Errorf("checksum does not agree: %w", ErrBad)
+	}
+	r.flags, r.firstRow = b[1], firstRow
+	n64, k := binary.Uvarint(b[2:])
+	if k <= 0 || n64 == 0 || n64 > 1<<16 {
+		return ErrBad
+	}
+	n := int(n64)
+	b = b[2+k:]
+	if len(b) < 8 {
+		return ErrBad
+	}
+	r.t0 = int64(binary.LittleEndian.Uint64(b))
+	b = b[8:]
+	if r.slope, k = binary.Uvarint(b); k <= 0 {
+		return ErrBad
+	}
+	b = b[k:]
+	c := colReader{b: b}
+	c.read(&r.times, n)
+	if r.flags&flagV7 != 0 {
+		c.read(&r.ms, n)
+		c.read(&r.ida, n)
+		c.read(&r.idb, n)
+	} else {
+		c.read(&r.idEnds, n)
+		if c.err == nil {
+			end := r.idEnds.At(n - 1)
+			if end > uint64(len(c.b)) {
+				return ErrBad
+			}
+			r.ids, c.b = c.b[:end], c.b[end:]
+		}
+	}
+	if r.flags&flagOrder != 0 {
+		c.read(&r.order, n)
+	}
+	shapes := c.uvarint()
+	if c.err != nil || shapes == 0 || shapes > uint64(n) {
+		return ErrBad
+	}
+	var nums bits.Column
+	c.read(&nums, int(shapes))
+	c.read(&r.index, n)
+	c.read(&r.objN, n)
+	if c.err != nil {
+		return ErrBad
+	}
+	r.nums = r.nums[:0]
+	for i := range int(shapes) {
+		v := nums.At(i)
+		if v > 1<<32-1 {
+			return ErrBad
+		}
+		r.nums = append(r.nums, uint32(v))
+	}
+	total := uint64(0)
+	r.objAt = r.objAt[:0]
+	if r.objN.Width() == 0 {
+		if r.objN.Base() > log.MaxObjects {
+			return ErrBad
+		}
+		total = r.objN.Base() * uint64(n)
+	} else {
+		for i := range n {
+			r.objAt = append(r.objAt, uint32(total))
+			v := r.objN.At(i)
+			if v > log.MaxObjects {
+				return ErrBad
+			}
+			total += v
+		}
+	}
+	c.read(&r.objs, int(total))
+	if c.err != nil {
+		return ErrBad
+	}
+	r.tail = c.b
+	r.n = n
+	return nil
+}
+
+// colReader reads columns one after the other, keeping the first error.
+type colReader struct {
+	b   []byte
+	err error
+}
+
+func (c *colReader) read(col *bits.Column, n int) {
+	if c.err == nil {
+		*col, c.b, c.err = bits.Read(c.b, n)
+	}
+}
+
+func (c *colReader) uvarint() uint64 {
+	if c.err != nil {
+		return 0
+	}
+	v, k := binary.Uvarint(c.b)
+	if k <= 0 {
+		c.err = ErrBad
+		return 0
+	}
+	c.b = c.b[k:]
+	return v
+}
+
+// Len is the number of rows.
+func (r *Reader) Len() int { return r.n }
+
+// Time is a row's time in nanoseconds since 1970.
+func (r *Reader) Time(i int) int64 {
+	return r.t0 + int64(uint64(i)*r.slope+uint64(bits.Zag(r.times.At(i))))
+}
+
+// AppendID appends a row's id.
+func (r *Reader) AppendID(dst []byte, i int) ([]byte, error) {
+	if r.flags&flagV7 != 0 {
+		ms := uint64(r.Time(i)/1e6 - bits.Zag(r.ms.At(i)))
+		return rec.AppendV7(dst, ms, r.ida.At(i), r.idb.At(i)), nil
+	}
+	from := uint64(0)
+	if i > 0 {
+		from = r.idEnds.At(i - 1)
+	}
+	to := r.idEnds.At(i)
+	if from > to || to > uint64(len(r.ids)) {
+		return dst, ErrBad
+	}
+	return append(dst, r.ids[from:to]...), nil
+}
+
+// Order is the arrival number of a row within its segment.
+func (r *Reader) Order(i int) int64 {
+	if r.flags&flagOrder == 0 {
+		return int64(r.firstRow + i)
+	}
+	return int64(r.firstRow+i) + bits.Zag(r.order.At(i))
+}
+
+// NObjects is the number of objects of a row.
+func (r *Reader) NObjects(i int) int { return int(r.objN.At(i)) }
+
+// ObjectNum is the number of a row's object k.
+func (r *Reader) ObjectNum(i, k int) uint32 {
+	if r.objN.Width() == 0 {
+		return uint32(r.objs.At(i*int(r.objN.Base()) + k))
+	}
+	return uint32(r.objs.At(int(r.objAt[i]) + k))
+}
+
+// prepare reads shapes and the columns of variable parts.
+func (r *Reader) prepare() error {
+	if r.ready {
+		return nil
+	}
+	r.shapes, r.cols, r.colAt, r.rank = r.shapes[:0], r.cols[:0], r.colAt[:0], r.rank[:0]
+	for _, num := range r.nums {
+		var s *Shape
+		if num != 0 {
+			var err error
+			if s, err = r.names.Shape(num); err != nil {
+				return err
+			}
+		}
+		r.shapes = append(r.shapes, s)
+	}
+	var small [16]uint16
+	count := small[:0]
+	for range r.nums {
+		count = append(count, 0)
+	}
+	for i := range r.n {
+		k := r.index.At(i)
+		if k >= uint64(len(count)) {
+			return ErrBad
+		}
+		r.rank = append(r.rank, count[k])
+		count[k]++
+	}
+	c := colReader{b: r.tail}
+	for k, s := range r.shapes {
+		slots := literalSlots
+		if s != nil {
+			slots = s.slots
+		}
+		r.colAt = append(r.colAt, len(r.cols))
+		for _, mark := range slots {
+			var col bits.Column
+			n := int(count[k])
+			if mark == markString {
+				n++
+			}
+			c.read(&col, n)
+			r.cols = append(r.cols, col)
+			if mark == markUUID {
+				c.read(&col, n)
+			}
+			r.cols = append(r.cols, col)
+		}
+	}
+	raw, stored := c.uvarint(), c.uvarint()
+	if c.err != nil || raw > maxHeap || stored > uint64(len(c.b)) || r.flags&flagPacked == 0 && raw != stored {
+		return ErrBad
+	}
+	r.rawHeap, c.b = c.b[:stored], c.b[stored:]
+	r.heapLen = int(raw)
+	r.hashes = nil
+	if r.flags&flagHash != 0 {
+		if len(c.b) != r.n*HashLen {
+			return ErrBad
+		}
+		r.hashes, c.b = c.b, nil
+	}
+	if len(c.b) != 0 {
+		return ErrBad
+	}
+	r.ready = true
+	return nil
+}
+
+// Hash is a row's hash of the audit chain, or nil.
+func (r *Reader) Hash(i int) ([]byte, error) {
+	if err := r.prepare(); err != nil || r.hashes == nil {
+		return nil, err
+	}
+	return r.hashes[i*HashLen:][:HashLen:HashLen], nil
+}
+
+// Shape is a row's shape; nil for a row stored whole.
+func (r *Reader) Shape(i int) (*Shape, error) {
+	if err := r.prepare(); err != nil {
+		return nil, err
+	}
+	return r.shapes[r.index.At(i)], nil
+}
+
+// Shapes are the distinct shapes of the block; ShapeIndex refers to them. nil stands for rows stored whole.
+func (r *Reader) Shapes() ([]*Shape, error) {
+	err := r.prepare()
+	return r.shapes, err
+}
+
+// ShapeIndex is a row's index into Shapes, which must have been called for the block.
+func (r *Reader) ShapeIndex(i int) int { return int(r.index.At(i)) }
+
+func (r *Reader) stringAt(col *bits.Column, rank int) ([]byte, error) {
+	if !r.unpacked {
+		r.heap = r.rawHeap
+		if r.flags&flagPacked != 0 {
+			var err error
+			if r.heapBuf, err = r.zdec.DecodeAll(r.rawHeap, r.heapBuf[:0]); err != nil || len(r.heapBuf) != r.heapLen {
+				return nil, fmt.Errorf("the heap does not unpack: %w", ErrBad)
+			}
+			r.heap = r.heapBuf
+		}
+		r.unpacked = true
+	}
+	from, to := col.At(rank), col.At(rank+1)
+	if from > to || to > uint64(len(r.heap)) {
+		return nil, ErrBad
+	}
+	return r.heap[from:to], nil
+}
+
+// render writes the text of pieces for a row.
+func (r *Reader) render(dst []byte, pieces []piece, i, cols, rank int) ([]byte, error) {
+	for k := range pieces {
+		p := &pieces[k]
+		if p.mark == 0 {
+			dst = append(dst, p.lit...)
+			continue
+		}
+		if p.mark == markObject {
+			if int(p.arg) >= r.NObjects(i) {
+				return dst, ErrBad
+			}
+			name, err := r.names.Object(r.ObjectNum(i, int(p.arg)))
+			if err != nil {
+				return dst, err
+			}
+			dst = append(dst, name...)
+			continue
+		}
+		col := &r.cols[cols+2*p.slot]
+		switch p.mark {
+		case markInt:
+			dst = appendUint(dst, col.At(rank))
+		case markDigits:
+			dst = appendDigits(dst, col.At(rank), int(p.arg))
+		case markHex:
+			dst = appendHex(dst, col.At(rank), int(p.arg))
+		case markUUID:
+			dst = rec.AppendUUID(dst, col.At(rank), r.cols[cols+2*p.slot+1].At(rank))
+		case markString:
+			s, err := r.stringAt(col, rank)
+			if err != nil {
+				return dst, err
+			}
+			dst = append(dst, s...)
+		}
+	}
+	return dst, nil
+}
+
+func appendUint(dst []byte, v uint64) []byte {
+	var buf [20]byte
+	i := len(buf)
+	for {
+		i--
+		buf[i] = byte('0' + v%10)
+		if v /= 10; v == 0 {
+			return append(dst, buf[i:]...)
+		}
+	}
+}
+
+// AppendMessage appends a row's message.
+func (r *Reader) AppendMessage(dst []byte, i int) ([]byte, error) {
+	if err := r.prepare(); err != nil {
+		return dst, err
+	}
+	k := r.index.At(i)
+	s := r.shapes[k]
+	if s != nil {
+		return r.render(dst, s.message, i, r.colAt[k], int(r.rank[i]))
+	}
+	lit, err := r.stringAt(&r.cols[r.colAt[k]], int(r.rank[i]))
+	if err != nil {
+		return dst, err
+	}
+	_, rest, ok := takeBytes(lit)
+	msg, _, ok2 := takeBytes(rest)
+	if !ok || !ok2 {
+		return dst, ErrBad
+	}
+	return append(dst, msg...), nil
+}
+
+// Component is a row's component.
+func (r *Reader) Component(i int) (string, error) {
+	s, err := r.Shape(i)
+	if err != nil {
+		return "", err
+	}
+	if s != nil {
+		return s.Component, nil
+	}
+	k := r.index.At(i)
+	lit, err := r.stringAt(&r.cols[r.colAt[k]], int(r.rank[i]))
+	if err != nil {
+		return "", err
+	}
+	c, _, ok := takeBytes(lit)
+	if !ok {
+		return "", ErrBad
+	}
+	return string(c), nil
+}
+
+// Labels makes the map of a row's labels, nil when there are none.
+func (r *Reader) Labels(i int) (map[string]string, error) {
+	s, err := r.Shape(i)
+	if err != nil {
+		return nil, err
+	}
+	k := r.index.At(i)
+	if s != nil {
+		if len(s.labels) == 0 {
+			return nil, nil
+		}
+		m := make(map[string]string, len(s.labels))
+		for l := range s.labels {
+			p := s.labels[l].value
+			if v, ok := plain(p); ok {
+				m[s.labels[l].key] = v
+				continue
+			}
+			if r.scratch, err = r.render(r.scratch[:0], p, i, r.colAt[k], int(r.rank[i])); err != nil {
+				return nil, err
+			}
+			m[s.labels[l].key] = string(r.scratch)
+		}
+		return m, nil
+	}
+	lit, err := r.stringAt(&r.cols[r.colAt[k]], int(r.rank[i]))
+	if err != nil {
+		return nil, err
+	}
+	_, lit, ok := takeBytes(lit)
+	if ok {
+		_, lit, ok = takeBytes(lit)
+	}
+	count, w := binary.Uvarint(lit)
+	if !ok || w <= 0 || count > log.MaxLabels {
+		return nil, ErrBad
+	}
+	if count == 0 {
+		return nil, nil
+	}
+	lit = lit[w:]
+	m := make(map[string]string, count)
+	for range count {
+		var key, val []byte
+		key, lit, ok = takeBytes(lit)
+		if ok {
+			val, lit, ok = takeBytes(lit)
+		}
+		if !ok {
+			return nil, ErrBad
+		}
+		m[string(key)] = string(val)
+	}
+	return m, nil
+}
+
+// Entry makes the whole entry of a row, for the level of its segment.
+func (r *Reader) Entry(i int, level log.Level) (log.Entry, error) {
+	e := log.Entry{Time: time.Unix(0, r.Time(i)).UTC(), Level: level}
+	var err error
+	if r.scratch, err = r.AppendID(r.scratch[:0], i); err != nil {
+		return e, err
+	}
+	e.ID = string(r.scratch)
+	if n := r.NObjects(i); n > 0 {
+		e.Objects = make([]string, n)
+		for k := range n {
+			if e.Objects[k], err = r.names.Object(r.ObjectNum(i, k)); err != nil {
+				return e, err
+			}
+		}
+	}
+	if r.scratch, err = r.AppendMessage(r.scratch[:0], i); err != nil {
+		return e, err
+	}
+	e.Message = string(r.scratch)
+	if e.Component, err = r.Component(i); err != nil {
+		return e, err
+	}
+	e.Labels, err = r.Labels(i)
+	return e, err
+}

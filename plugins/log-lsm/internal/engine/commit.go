@@ -1,0 +1,362 @@
+package engine
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"fmt"
+
+	"github.com/cockroachdb/pebble/v2"
+
+	"github.com/mvirt/mvirt/plugins/log-lsm/internal/head"
+	"github.com/mvirt/mvirt/plugins/log-lsm/internal/keys"
+	"github.com/mvirt/mvirt/plugins/log-lsm/internal/rec"
+	"github.com/mvirt/mvirt/sdk/errs"
+	"github.com/mvirt/mvirt/sdk/log"
+)
+
+// maxGroup bounds the entries of one commit. More only makes the waiting longer: at this size the cost of a
+// commit is that of its bytes.
+const maxGroup = 16384
+
+// maxGroupBytes bounds one commit in bytes, unless a single append is larger.
+const maxGroupBytes = 2 << 20
+
+// request is an append under way.
+type request struct {
+	items []head.Item
+	bytes int
+	done  chan error
+}
+
+// group is one commit.
+type group struct {
+	reqs  []*request
+	batch *pebble.Batch
+	added [levels]int
+	heads [levels]*head.Head
+	err   error
+}
+
+// Append makes entries durable, all or none.
+func (s *Store) Append(ctx context.Context, entries []log.Entry) error {
+	if len(entries) == 0 {
+		return nil
+	}
+	if len(entries) > log.MaxBatch {
+		return errs.Field("entries", "send them in several calls", "%d entries in one call, the limit is %d", len(entries), log.MaxBatch)
+	}
+	size := 0
+	for i := range entries {
+		e := &entries[i]
+		if err := rec.Check(e, func() string { return fmt.Sprintf("entries[%d]", i) }); err != nil {
+			return err
+		}
+		size += 32 + len(e.ID) + len(e.Component) + len(e.Message)
+		for _, o := range e.Objects {
+			size += len(o) + 1
+		}
+		for k, v := range e.Labels {
+			size += len(k) + len(v) + 2
+		}
+	}
+	if s.full.is() || s.low.Load() {
+		return s.noSpace()
+	}
+	r := &request{items: make([]head.Item, 0, len(entries)), done: make(chan error, 1)}
+	p := preparer{seed: s.seed, objs: make([]uint64, 0, 2*len(entries))}
+	buf := make([]byte, 0, size)
+	for i := range entries {
+		at := len(buf)
+		buf = rec.Append(buf, &entries[i])
+		it, err := p.parse(buf[at:len(buf):len(buf)])
+		if err != nil {
+			return errs.Wrap(errs.Internal, err, "an entry just encoded cannot be read")
+		}
+		r.items = append(r.items, it)
+	}
+	r.bytes = len(buf)
+	select {
+	case s.reqs <- r:
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-s.done:
+		return errClosed()
+	}
+	select {
+	case err := <-r.done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-s.full.signal():
+		// What was begun may still be finished when there is space; a repeat is recognised by its ids.
+		return s.noSpace()
+	}
+}
+
+// commitLoop is the committer.
+func (s *Store) commitLoop() {
+	defer s.wg.Done()
+	defer close(s.synced)
+	for {
+		select {
+		case r := <-s.reqs:
+			g := s.collect(r)
+			s.write(g)
+			s.synced <- g
+		case <-s.done:
+			for {
+				select {
+				case r := <-s.reqs:
+					r.done <- errClosed()
+				default:
+					return
+				}
+			}
+		}
+	}
+}
+
+// collect takes what waits.
+func (s *Store) collect(r *request) *group {
+	g := &group{reqs: []*request{r}}
+	n, size := len(r.items), r.bytes
+	for n < maxGroup && size < maxGroupBytes {
+		select {
+		case r := <-s.reqs:
+			g.reqs = append(g.reqs, r)
+			n += len(r.items)
+			size += r.bytes
+		default:
+			return g
+		}
+	}
+	return g
+}
+
+// write leaves out what is there already, writes the batch to the log without waiting for the disk, and puts
+// the entries into the heads, not visible yet.
+func (s *Store) write(g *group) {
+	if s.full.is() || s.low.Load() {
+		g.err = s.noSpace()
+		return
+	}
+	if g.err = s.waitRoom(); g.err != nil {
+		return
+	}
+	var items [levels][]*head.Item
+	total := 0
+	for _, r := range g.reqs {
+		total += len(r.items)
+	}
+	s.groupIDs.reset(total)
+	have := s.stored()
+	for _, r := range g.reqs {
+		for i := range r.items {
+			it := &r.items[i]
+			if s.groupIDs.twice(it) {
+				s.stats.duplicates.Add(1)
+				continue
+			}
+			has, err := have.has(it)
+			if err != nil {
+				g.err = err
+				return
+			}
+			if has {
+				s.stats.duplicates.Add(1)
+				continue
+			}
+			items[it.Level] = append(items[it.Level], it)
+		}
+	}
+	b := s.db.NewBatch()
+	chain := s.chain
+	var tails []byte
+	n := 0
+	for l := byte(1); l < levels; l++ {
+		if len(items[l]) == 0 {
+			continue
+		}
+		size := 0
+		for _, it := range items[l] {
+			size += len(it.Rec) + hashLen + 5
+		}
+		v := make([]byte, 0, size)
+		for _, it := range items[l] {
+			if l == auditLevel {
+				chain.add(it.Rec)
+				tails = append(tails, chain.hash[:]...)
+				v = binary.AppendUvarint(v, uint64(len(it.Rec)+hashLen))
+				v = append(append(v, it.Rec...), chain.hash[:]...)
+				continue
+			}
+			v = binary.AppendUvarint(v, uint64(len(it.Rec)))
+			v = append(v, it.Rec...)
+		}
+		n += len(items[l])
+		if err := b.Set(keys.RawKey(l, s.active[l].First+uint64(s.active[l].Len())), v, nil); err != nil {
+			g.err = errs.Wrap(errs.Internal, err, "build a batch")
+			return
+		}
+	}
+	if n == 0 {
+		_ = b.Close()
+		return
+	}
+	if len(items[auditLevel]) > 0 {
+		if err := b.Set(keys.BytesKey(keys.Misc, []byte(miscChain)), chain.encode(), nil); err != nil {
+			g.err = errs.Wrap(errs.Internal, err, "build a batch")
+			return
+		}
+	}
+	if err := guard(func() error { return s.db.ApplyNoSyncWait(b, pebble.Sync) }); err != nil {
+		g.err = errs.Wrap(kind(err), err, "write to the log")
+		return
+	}
+	s.chain = chain
+	g.batch = b
+	s.stats.groups.Add(1)
+	s.stats.appended.Add(uint64(n))
+	s.mu.Lock()
+	for l := byte(1); l < levels; l++ {
+		h := s.active[l]
+		for i, it := range items[l] {
+			var tail []byte
+			if l == auditLevel {
+				tail = tails[i*hashLen:][:hashLen]
+			}
+			h.Add(it, tail)
+		}
+		g.heads[l], g.added[l] = h, len(items[l])
+	}
+	s.freezeFullLocked()
+	s.mu.Unlock()
+}
+
+// groupIDs finds ids that stand twice in one group: open addressing over the items taken so far.
+type groupIDs struct {
+	slots []uint32 // index+1 into items
+	items []*head.Item
+}
+
+func (d *groupIDs) reset(n int) {
+	size := 64
+	for size < 2*n {
+		size *= 2
+	}
+	if cap(d.slots) < size {
+		d.slots = make([]uint32, size)
+	}
+	d.slots = d.slots[:size]
+	clear(d.slots)
+	clear(d.items)
+	d.items = d.items[:0]
+}
+
+// twice says whether an item of this id has been given before; if not, it is remembered.
+func (d *groupIDs) twice(it *head.Item) bool {
+	mask := uint64(len(d.slots) - 1)
+	i := it.IDHash & mask
+	for ; d.slots[i] != 0; i = (i + 1) & mask {
+		if o := d.items[d.slots[i]-1]; o.IDHash == it.IDHash && bytes.Equal(o.ID, it.ID) {
+			return true
+		}
+	}
+	d.items = append(d.items, it)
+	d.slots[i] = uint32(len(d.items))
+	return false
+}
+
+// waitRoom waits until the sealer has kept up.
+func (s *Store) waitRoom() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for !s.closed {
+		n, size := 0, 0
+		for l := range s.frozen {
+			n += len(s.frozen[l])
+			for _, h := range s.frozen[l] {
+				size += h.Bytes()
+			}
+		}
+		switch {
+		case n == 0 || size < s.opt.HeadBytes && n < 2*levels:
+			return nil
+		case s.sealErr != nil:
+			return errs.Wrap(errs.Unavailable, s.sealErr, "entries cannot be packed, and memory for more is used up")
+		}
+		s.roomy.Wait()
+	}
+	return errClosed()
+}
+
+// freezeFullLocked hands full heads to the sealer; when all together are too large, the largest.
+func (s *Store) freezeFullLocked() {
+	total, largest := 0, byte(0)
+	for l := byte(1); l < levels; l++ {
+		if s.active[l].Len() >= s.opt.SegmentRows {
+			s.freeze(l, 0)
+			s.kickSealer()
+			continue
+		}
+		b := s.active[l].Bytes()
+		total += b
+		if largest == 0 || b > s.active[largest].Bytes() {
+			largest = l
+		}
+	}
+	if total >= s.opt.HeadBytes && s.active[largest].Len() > 0 {
+		s.freeze(largest, 0)
+		s.kickSealer()
+	}
+}
+
+func (s *Store) kickSealer() {
+	select {
+	case s.sealing <- struct{}{}:
+	default:
+	}
+}
+
+// syncLoop waits for the disk and answers.
+func (s *Store) syncLoop() {
+	defer s.wg.Done()
+	for g := range s.synced {
+		if g.batch != nil {
+			if err := guard(g.batch.SyncWait); err != nil {
+				g.err = errs.Wrap(kind(err), err, "sync the log")
+				s.log.Error("entries may not be durable", "error", err)
+			}
+			if err := g.batch.Close(); err != nil {
+				s.log.Warn("batch does not close", "error", err)
+			}
+			if g.err == nil {
+				s.show(g)
+			}
+		}
+		for _, r := range g.reqs {
+			r.done <- g.err
+		}
+	}
+}
+
+func (s *Store) show(g *group) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for l := range g.heads {
+		if g.added[l] > 0 {
+			g.heads[l].Show(g.added[l])
+		}
+	}
+	for f := range s.follows {
+		f.wake()
+	}
+	// A frozen head may have become all durable.
+	for l := range s.frozen {
+		if len(s.frozen[l]) > 0 {
+			s.kickSealer()
+			break
+		}
+	}
+}

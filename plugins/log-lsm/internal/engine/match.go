@@ -1,0 +1,159 @@
+package engine
+
+import (
+	"bytes"
+	"slices"
+	"strings"
+
+	"github.com/mvirt/mvirt/plugins/log-lsm/internal/block"
+	"github.com/mvirt/mvirt/plugins/log-lsm/internal/rec"
+	"github.com/mvirt/mvirt/sdk/log"
+)
+
+// matcher holds what a query asks of an entry beside level, time and (where the index tells) objects.
+type matcher struct {
+	components []string
+	labels     map[string]string
+	contains   string // lower case when fold
+	fold       bool
+
+	// nums is set where rows must be checked for objects because the index cannot be read.
+	nums []uint32
+	all  bool
+
+	msg []byte
+}
+
+// newMatcher returns nil when nothing is asked.
+func newMatcher(q *log.Query) *matcher {
+	if len(q.Components) == 0 && len(q.Labels) == 0 && q.Contains == "" {
+		return nil
+	}
+	m := &matcher{components: q.Components, labels: q.Labels, contains: q.Contains, fold: q.IgnoreCase}
+	if m.fold {
+		m.contains = strings.ToLower(m.contains)
+	}
+	return m
+}
+
+// decide tells for each shape of a block whether all (1), none (-1) or some (0) of its entries match.
+func (m *matcher) decide(b *block.Reader, dec []int8) ([]int8, error) {
+	shapes, err := b.Shapes()
+	if err != nil {
+		return dec, err
+	}
+	for _, s := range shapes {
+		d := int8(0)
+		if s != nil {
+			d = m.shape(s)
+		}
+		dec = append(dec, d)
+	}
+	return dec, nil
+}
+
+func (m *matcher) shape(s *block.Shape) int8 {
+	if len(m.components) > 0 && !slices.Contains(m.components, s.Component) {
+		return -1
+	}
+	sure := true
+	for k, v := range m.labels {
+		switch s.Label(k, v) {
+		case -1:
+			return -1
+		case 0:
+			sure = false
+		}
+	}
+	if m.contains != "" {
+		if m.fold {
+			return 0
+		}
+		switch s.Matches(m.contains) {
+		case -1:
+			return -1
+		case 0:
+			sure = false
+		}
+	}
+	if sure && len(m.nums) == 0 {
+		return 1
+	}
+	return 0
+}
+
+// row says whether a row matches; dec is of its block.
+func (m *matcher) row(b *block.Reader, i int, dec []int8) (bool, error) {
+	switch dec[b.ShapeIndex(i)] {
+	case 1:
+		return true, nil
+	case -1:
+		return false, nil
+	}
+	if len(m.nums) > 0 && !m.objects(b, i) {
+		return false, nil
+	}
+	if len(m.components) > 0 {
+		c, err := b.Component(i)
+		if err != nil || !slices.Contains(m.components, c) {
+			return false, err
+		}
+	}
+	if m.contains != "" {
+		var err error
+		if m.msg, err = b.AppendMessage(m.msg[:0], i); err != nil || !m.text(m.msg) {
+			return false, err
+		}
+	}
+	if len(m.labels) > 0 {
+		have, err := b.Labels(i)
+		if err != nil {
+			return false, err
+		}
+		for k, v := range m.labels {
+			if x, ok := have[k]; !ok || x != v {
+				return false, nil
+			}
+		}
+	}
+	return true, nil
+}
+
+func (m *matcher) objects(b *block.Reader, i int) bool {
+	hits := 0
+	for _, want := range m.nums {
+		for k := range b.NObjects(i) {
+			if b.ObjectNum(i, k) == want {
+				hits++
+				break
+			}
+		}
+	}
+	return hits > 0 && (!m.all || hits == len(m.nums))
+}
+
+func (m *matcher) text(msg []byte) bool {
+	if m.fold {
+		msg = bytes.ToLower(msg)
+	}
+	return bytes.Contains(msg, []byte(m.contains))
+}
+
+// view says whether an entry in memory matches.
+func (m *matcher) view(v *rec.View) bool {
+	if m == nil {
+		return true
+	}
+	if len(m.components) > 0 && !slices.Contains(m.components, string(v.Component)) {
+		return false
+	}
+	if m.contains != "" && !m.text(v.Message) {
+		return false
+	}
+	for k, want := range m.labels {
+		if x, ok := v.Label(k); !ok || string(x) != want {
+			return false
+		}
+	}
+	return true
+}

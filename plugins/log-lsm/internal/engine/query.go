@@ -1,0 +1,771 @@
+package engine
+
+import (
+	"container/heap"
+	"context"
+	"encoding/base64"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"math"
+	"slices"
+	"sort"
+
+	"github.com/mvirt/mvirt/plugins/log-lsm/internal/head"
+	"github.com/mvirt/mvirt/plugins/log-lsm/internal/rec"
+	"github.com/mvirt/mvirt/sdk/errs"
+	"github.com/mvirt/mvirt/sdk/log"
+)
+
+// source is one ordered stream of matching entries.
+type source interface {
+	next() bool
+	key() (time int64, id []byte)
+	entry() (log.Entry, error)
+	trouble() (blocks int, err error) // what could not be read so far
+	close()
+}
+
+// query is a log.Query under way.
+type query struct {
+	s      *Store
+	ctx    context.Context
+	q      log.Query
+	fn     func(log.Result) error
+	asc    bool
+	lo, hi int64
+	levels [levels]bool
+	after  *position
+	vector *[levels]uint64 // where a follower left off
+	match  *matcher
+	objs   []wanted
+	left   uint64 // of the limit
+
+	batch  []log.Result
+	size   int
+	damage error
+	blocks int
+	m      *merger // while merging
+	index  map[epochKey]*epoch
+}
+
+// wanted is an object that is asked for.
+type wanted struct {
+	text string
+	hash uint64
+	num  uint32
+	ok   bool // some packed entry carries it
+}
+
+// Limits of what a query holds before it hands it over: nothing of the store is held while fn runs.
+const (
+	batchResults = 128
+	batchBytes   = 256 << 10
+)
+
+// Query calls fn for each matching entry, as the contract says.
+func (s *Store) Query(ctx context.Context, lq log.Query, fn func(log.Result) error) error {
+	q := &query{s: s, ctx: ctx, q: lq, fn: fn, asc: !lq.NewestFirst, left: math.MaxUint64}
+	if err := q.compile(); err != nil {
+		return err
+	}
+	return q.run()
+}
+
+func (q *query) compile() error {
+	lq := &q.q
+	if lq.Follow && lq.NewestFirst {
+		return errs.Field("newest_first", "follow oldest first", "follow goes forward in time, newest_first back")
+	}
+	q.lo, q.hi = math.MinInt64, math.MaxInt64
+	if !lq.Since.IsZero() {
+		q.lo = nanos(lq.Since)
+	}
+	if !lq.Until.IsZero() {
+		q.hi = nanos(lq.Until)
+		if q.hi != math.MinInt64 {
+			q.hi--
+		} else {
+			q.lo = math.MaxInt64
+		}
+	}
+	for l := byte(1); l < levels; l++ {
+		q.levels[l] = (lq.MaxLevel == 0 || log.Level(l) <= lq.MaxLevel) && (len(lq.Levels) == 0 || slices.Contains(lq.Levels, log.Level(l)))
+	}
+	if lq.MaxLevel > log.LevelDebug {
+		return errs.Field("max_level", "use 1 (audit) to 5 (debug), or 0 for all", "level %d does not exist", lq.MaxLevel)
+	}
+	for _, l := range lq.Levels {
+		if l < log.LevelAudit || l > log.LevelDebug {
+			return errs.Field("levels", "use 1 (audit) to 5 (debug)", "level %d does not exist", l)
+		}
+	}
+	if lq.Limit > 0 {
+		q.left = uint64(lq.Limit)
+	}
+	if lq.PageToken != "" {
+		if err := q.parseToken(lq.PageToken); err != nil {
+			return err
+		}
+	}
+	q.match = newMatcher(lq)
+	for _, o := range lq.Objects {
+		if len(o) > log.MaxObjectLen {
+			return errs.Field("objects", "give ids of 1 to 256 bytes", "object id of %d bytes", len(o))
+		}
+		if o == "" || slices.ContainsFunc(q.objs, func(w wanted) bool { return w.text == o }) {
+			continue
+		}
+		q.objs = append(q.objs, wanted{text: o, hash: maphash.String(q.s.seed, o)})
+	}
+	if len(lq.Objects) > 0 && len(q.objs) == 0 {
+		return errs.Field("objects", "give ids of 1 to 256 bytes", "an empty object id")
+	}
+	return nil
+}
+
+// nanos is t in nanoseconds since 1970, at the ends of what can be stored if need be.
+func nanos(t interface {
+	Unix() int64
+	UnixNano() int64
+}) int64 {
+	const most = math.MaxInt64 / 1_000_000_000
+	switch sec := t.Unix(); {
+	case sec >= most:
+		return math.MaxInt64
+	case sec <= -most:
+		return math.MinInt64
+	}
+	return t.UnixNano()
+}
+
+// enter begins a part that uses Pebble; leave ends it.
+func (q *query) enter() error {
+	q.s.life.RLock()
+	select {
+	case <-q.s.done:
+		q.s.life.RUnlock()
+		return errClosed()
+	default:
+		return nil
+	}
+}
+
+func (q *query) leave() { q.s.life.RUnlock() }
+
+func (q *query) run() error {
+	var f *follower
+	if q.q.Follow {
+		f = q.s.newFollower()
+		defer q.s.dropFollower(f)
+	}
+	if err := q.enter(); err != nil {
+		return err
+	}
+	err := q.history(f)
+	if err == nil {
+		err = q.flush()
+	}
+	q.leave()
+	if err != nil || !q.q.Follow || q.left == 0 {
+		if err == nil {
+			err = q.damaged()
+		}
+		return err
+	}
+	if err := q.damaged(); err != nil {
+		return err
+	}
+	return q.live(f)
+}
+
+// damaged is what could not be read, as an error.
+func (q *query) damaged() error {
+	if q.damage == nil {
+		return nil
+	}
+	q.s.conds.set(condCorrupt, 0, fmt.Sprintf("parts of the log cannot be read: %v", q.damage))
+	return &errs.Error{Op: "log.Query", Kind: errs.Corrupt, Reason: "LOG_DAMAGED", Err: q.damage,
+		Message: fmt.Sprintf("the entries given are all that can be read; %d parts of the store are damaged", q.blocks),
+		Remedy:  "restore the log from a backup; the damage stays, but everything else goes on"}
+}
+
+func (q *query) note(blocks int, err error) {
+	if err == nil {
+		return
+	}
+	q.blocks += blocks
+	if q.damage == nil {
+		q.damage = err
+	}
+}
+
+// snapshot is what a query reads: it does not change, but that retention removes.
+type snapshot struct {
+	segs  [levels][]*segment
+	views []head.View
+	next  [levels]uint64 // arrival number behind what is here
+	mem   [levels]uint64 // arrival number of the first entry in memory
+}
+
+func (s *Store) snapshotLocked() snapshot {
+	sn := snapshot{segs: s.segs}
+	for l := byte(1); l < levels; l++ {
+		a := s.active[l]
+		sn.next[l], sn.mem[l] = a.First, a.First
+		if len(s.frozen[l]) > 0 {
+			sn.mem[l] = s.frozen[l][0].First
+		}
+		for _, h := range append(slices.Clone(s.frozen[l]), a) {
+			if h.Shown() > 0 {
+				sn.views = append(sn.views, h.View())
+			}
+			if h.Shown() < h.Len() || h == a {
+				sn.next[l] = h.First + uint64(h.Shown())
+				break
+			}
+		}
+	}
+	return sn
+}
+
+func (s *Store) snapshot() snapshot {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.snapshotLocked()
+}
+
+// history gives what is stored at this moment; f then begins behind it.
+func (q *query) history(f *follower) error {
+	sn := q.s.snapshot()
+	if f != nil {
+		f.pos = sn.next
+	}
+	if q.vector != nil && f != nil {
+		for l := range q.vector {
+			if q.vector[l] > sn.next[l] {
+				return errs.New(errs.OutOfRange, "the page token is of another store, or of entries that were lost").Do("begin without page_token")
+			}
+		}
+		q.after = nil
+		return q.merge(&sn, q.vector)
+	}
+	return q.merge(&sn, nil)
+}
+
+// merge walks a snapshot in order. from, if given, leaves out what arrived earlier.
+func (q *query) merge(sn *snapshot, from *[levels]uint64) error {
+	if err := q.resolve(); err != nil {
+		return err
+	}
+	m := &merger{asc: q.asc}
+	q.m = m
+	defer func() { m.close(q); q.m = nil }()
+	for i := range sn.views {
+		v := &sn.views[i]
+		if !q.levels[v.Level] {
+			continue
+		}
+		first := 0
+		if from != nil && from[v.Level] > v.First {
+			first = int(min(from[v.Level]-v.First, uint64(v.Len())))
+		}
+		if hs := q.headSource(v, first); hs != nil {
+			m.add(q, hs)
+		}
+	}
+	pending := q.pending(sn, from)
+	for q.left > 0 {
+		for len(pending) > 0 {
+			if len(m.heap) > 0 {
+				t, _ := m.heap[0].key()
+				if q.asc && pending[0].minTime > t || !q.asc && pending[0].maxTime < t {
+					break
+				}
+			}
+			c, err := q.openSegment(pending[0], from)
+			if err != nil {
+				return err
+			}
+			pending = pending[1:]
+			if c != nil {
+				m.add(q, c)
+			}
+			if err := q.ctx.Err(); err != nil {
+				return err
+			}
+		}
+		if len(m.heap) == 0 {
+			return nil
+		}
+		if err := q.give(m.heap[0]); err != nil {
+			return err
+		}
+		m.advance(q)
+	}
+	return nil
+}
+
+// pending lists the segments that may hold something, in the order in which they are needed.
+func (q *query) pending(sn *snapshot, from *[levels]uint64) []*segment {
+	var out []*segment
+	if len(q.objs) > 0 {
+		known := 0
+		for _, w := range q.objs {
+			if w.ok {
+				known++
+			}
+		}
+		if known == 0 || q.q.AllObjects && known < len(q.objs) {
+			return nil
+		}
+	}
+	lo, hi := q.lo, q.hi
+	if q.after != nil {
+		if q.asc {
+			lo = max(lo, q.after.time)
+		} else {
+			hi = min(hi, q.after.time)
+		}
+	}
+	for l := range sn.segs {
+		if !q.levels[l] {
+			continue
+		}
+		for _, s := range sn.segs[l] {
+			if s.maxTime < lo || s.minTime > hi || from != nil && s.end() <= from[l] {
+				continue
+			}
+			out = append(out, s)
+		}
+	}
+	if q.asc {
+		sort.SliceStable(out, func(i, k int) bool { return out[i].minTime < out[k].minTime })
+	} else {
+		sort.SliceStable(out, func(i, k int) bool { return out[i].maxTime > out[k].maxTime })
+	}
+	return out
+}
+
+// openSegment opens a cursor; nil when the index says that nothing is there.
+func (q *query) openSegment(seg *segment, from *[levels]uint64) (source, error) {
+	match := q.match
+	var rows []uint16
+	if len(q.objs) > 0 {
+		var err error
+		var ok bool
+		rows, ok, err = q.rows(seg)
+		if err != nil {
+			q.note(1, err)
+		}
+		if !ok {
+			match = q.withObjects()
+		} else if len(rows) == 0 {
+			return nil, nil
+		}
+	}
+	lo, hi := q.lo, q.hi
+	if q.after != nil {
+		if q.asc {
+			lo = max(lo, q.after.time)
+		} else {
+			hi = min(hi, q.after.time)
+		}
+	}
+	c, err := q.s.newCursor(seg, lo, hi, q.asc)
+	if err != nil {
+		return nil, err
+	}
+	c.after, c.match = q.after, match
+	if from != nil {
+		c.minOrder = from[seg.level]
+	}
+	if rows != nil {
+		c.only(rows)
+	}
+	return c, nil
+}
+
+// resolve looks up the numbers of the objects.
+func (q *query) resolve() error {
+	for i := range q.objs {
+		w := &q.objs[i]
+		var err error
+		if w.num, w.ok, err = q.s.objects.Find([]byte(w.text)); err != nil {
+			return errs.Wrap(kind(err), err, "look an object up")
+		}
+	}
+	return nil
+}
+
+// withObjects is the matcher for rows where the index is of no use.
+func (q *query) withObjects() *matcher {
+	m := &matcher{}
+	if q.match != nil {
+		*m = *q.match
+		m.msg = nil
+	}
+	m.all = q.q.AllObjects
+	for _, w := range q.objs {
+		if w.ok {
+			m.nums = append(m.nums, w.num)
+		}
+	}
+	return m
+}
+
+// give hands an entry over, soon.
+func (q *query) give(src source) error {
+	e, err := src.entry()
+	if err != nil {
+		if !errors.Is(err, errGone) {
+			q.note(1, err)
+		}
+		return nil
+	}
+	t, id := src.key()
+	q.add(log.Result{Entry: e, PageToken: token(t, id, nil)})
+	if len(q.batch) >= batchResults || q.size >= batchBytes {
+		return q.flush()
+	}
+	return nil
+}
+
+func (q *query) add(r log.Result) {
+	q.batch = append(q.batch, r)
+	q.size += 200 + len(r.Entry.Message)
+	if q.left != math.MaxUint64 && r.PageToken != "" {
+		q.left--
+	}
+}
+
+// flush calls fn for what has been found; meanwhile nothing of the store is in use.
+func (q *query) flush() error {
+	if len(q.batch) == 0 {
+		return q.ctx.Err()
+	}
+	q.m.release()
+	q.leave()
+	err := q.deliver()
+	if e := q.enterAlways(); err == nil {
+		err = e
+	}
+	if err == nil {
+		err = q.m.restore(q)
+	}
+	return err
+}
+
+// enterAlways is enter for use between leave and a deferred leave: it holds life even when it fails.
+func (q *query) enterAlways() error {
+	q.s.life.RLock()
+	select {
+	case <-q.s.done:
+		return errClosed()
+	default:
+		return nil
+	}
+}
+
+func (q *query) deliver() error {
+	defer func() {
+		clear(q.batch)
+		q.batch, q.size = q.batch[:0], 0
+	}()
+	for _, r := range q.batch {
+		if err := q.ctx.Err(); err != nil {
+			return err
+		}
+		if err := q.fn(r); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Page tokens: base64 of kind (1 position, 2 position and arrival numbers), time, id, numbers.
+const (
+	tokenPosition = 1
+	tokenArrival  = 2
+)
+
+func token(t int64, id []byte, vector *[levels]uint64) string {
+	var buf [128]byte
+	b := append(buf[:0], tokenPosition)
+	b = binary.BigEndian.AppendUint64(b, uint64(t))
+	b = append(b, byte(len(id)))
+	b = append(b, id...)
+	if vector != nil {
+		b[0] = tokenArrival
+		for _, n := range vector[1:] {
+			b = binary.AppendUvarint(b, n)
+		}
+	}
+	return base64.RawURLEncoding.EncodeToString(b)
+}
+
+func (q *query) parseToken(s string) error {
+	bad := errs.Field("page_token", "give the page_token of a result of the same query, or none", "not a page token of this store")
+	b, err := base64.RawURLEncoding.DecodeString(s)
+	if err != nil || len(b) < 10 || b[0] != tokenPosition && b[0] != tokenArrival || len(b) < 10+int(b[9]) {
+		return bad
+	}
+	q.after = &position{time: int64(binary.BigEndian.Uint64(b[1:])), id: string(b[10 : 10+int(b[9])])}
+	rest := b[10+int(b[9]):]
+	if b[0] == tokenArrival {
+		q.vector = new([levels]uint64)
+		for l := 1; l < levels; l++ {
+			n, k := binary.Uvarint(rest)
+			if k <= 0 {
+				return bad
+			}
+			q.vector[l] = n
+			rest = rest[k:]
+		}
+	}
+	if len(rest) != 0 {
+		return bad
+	}
+	return nil
+}
+
+// errGone says that retention has removed an entry between two looks.
+var errGone = errors.New("entry is gone")
+
+// merger merges sources by key.
+type merger struct {
+	asc  bool
+	heap []source
+}
+
+func (m *merger) Len() int { return len(m.heap) }
+func (m *merger) Less(i, k int) bool {
+	ti, di := m.heap[i].key()
+	tk, dk := m.heap[k].key()
+	if ti != tk {
+		return ti < tk == m.asc
+	}
+	if m.asc {
+		return string(di) < string(dk)
+	}
+	return string(di) > string(dk)
+}
+func (m *merger) Swap(i, k int) { m.heap[i], m.heap[k] = m.heap[k], m.heap[i] }
+func (m *merger) Push(x any)    { m.heap = append(m.heap, x.(source)) }
+func (m *merger) Pop() any {
+	x := m.heap[len(m.heap)-1]
+	m.heap = m.heap[:len(m.heap)-1]
+	return x
+}
+
+// add takes a source that has not been advanced yet.
+func (m *merger) add(q *query, s source) {
+	if s.next() {
+		heap.Push(m, s)
+		return
+	}
+	q.note(s.trouble())
+	s.close()
+}
+
+// advance moves the first source on.
+func (m *merger) advance(q *query) {
+	s := m.heap[0]
+	if s.next() {
+		heap.Fix(m, 0)
+		return
+	}
+	heap.Pop(m)
+	q.note(s.trouble())
+	s.close()
+}
+
+func (m *merger) close(q *query) {
+	for _, s := range m.heap {
+		q.note(s.trouble())
+		s.close()
+	}
+	m.heap = nil
+}
+
+// headSource is the matching rows of a view, from row first on, in order; nil when there are none.
+func (q *query) headSource(v *head.View, first int) source {
+	hs := &headSource{v: *v}
+	for i := first; i < v.Len(); i++ {
+		if t := v.Times[i]; t < q.lo || t > q.hi {
+			continue
+		}
+		if q.after != nil && !q.after.before(v.Times[i], v.ID(i), q.asc) {
+			continue
+		}
+		if !q.inMemory(v, i) {
+			continue
+		}
+		hs.rows = append(hs.rows, uint32(i))
+	}
+	if len(hs.rows) == 0 {
+		return nil
+	}
+	slices.SortFunc(hs.rows, func(a, b uint32) int {
+		c := compareRows(v, int(a), int(b))
+		if !q.asc {
+			return -c
+		}
+		return c
+	})
+	return hs
+}
+
+// inMemory says whether a row of a head has the objects and matches otherwise.
+func (q *query) inMemory(v *head.View, i int) bool {
+	if len(q.objs) > 0 {
+		hits := 0
+		for _, h := range v.Objects(i) {
+			for k := range q.objs {
+				if q.objs[k].hash == h {
+					hits++
+				}
+			}
+		}
+		if hits == 0 || q.q.AllObjects && hits < len(q.objs) {
+			return false
+		}
+	} else if q.match == nil {
+		return true
+	}
+	var r rec.View
+	if v.Parse(i, &r) != nil {
+		return false
+	}
+	if len(q.objs) > 0 {
+		hits := 0
+		r.Objects(func(o []byte) {
+			for k := range q.objs {
+				if q.objs[k].text == string(o) {
+					hits++
+				}
+			}
+		})
+		if hits == 0 || q.q.AllObjects && hits < len(q.objs) {
+			return false
+		}
+	}
+	return q.match.view(&r)
+}
+
+// headSource reads a head. While results are handed over it lets go of the head, which may be packed
+// meanwhile: a reader who takes his time does not keep memory.
+type headSource struct {
+	v    head.View
+	rows []uint32
+	at   int
+	cur  position // of the current row, while released
+	n    int      // rows of the view, while released
+}
+
+func (h *headSource) next() bool { h.at++; return h.at <= len(h.rows) }
+func (h *headSource) key() (int64, []byte) {
+	row := int(h.rows[h.at-1])
+	return h.v.Times[row], h.v.ID(row)
+}
+func (h *headSource) entry() (log.Entry, error) {
+	var r rec.View
+	if err := h.v.Parse(int(h.rows[h.at-1]), &r); err != nil {
+		return log.Entry{}, err
+	}
+	return r.Entry(), nil
+}
+func (h *headSource) trouble() (int, error) { return 0, nil }
+func (h *headSource) close()                {}
+
+// release lets go of all heads; restore takes them back, or the segments that they have become.
+func (m *merger) release() {
+	if m == nil {
+		return
+	}
+	for _, s := range m.heap {
+		if h, ok := s.(*headSource); ok {
+			t, id := h.key()
+			h.cur, h.n = position{time: t, id: string(id), included: true}, h.v.Len()
+			h.v = head.View{Level: h.v.Level, First: h.v.First}
+		}
+	}
+}
+
+func (m *merger) restore(q *query) error {
+	if m == nil {
+		return nil
+	}
+	for i, s := range m.heap {
+		h, ok := s.(*headSource)
+		if !ok || h.revive(q.s) {
+			continue
+		}
+		seg := q.s.segmentFrom(h.v.Level, h.v.First)
+		if seg == nil {
+			m.heap[i] = spent{h.cur} // retention was faster
+			continue
+		}
+		// What has been looked up in the index is older than the segment.
+		clear(q.index)
+		if err := q.resolve(); err != nil {
+			return err
+		}
+		after := q.after
+		q.after = &h.cur
+		c, err := q.openSegment(seg, nil)
+		q.after = after
+		if err != nil {
+			return err
+		}
+		cur, ok := c.(*cursor)
+		if !ok {
+			m.heap[i] = spent{h.cur}
+			continue
+		}
+		cur.onlyArrived(h.rows)
+		if !cur.next() {
+			q.note(cur.trouble())
+			cur.close()
+			m.heap[i] = spent{h.cur}
+			continue
+		}
+		m.heap[i] = cur
+	}
+	return nil
+}
+
+// revive finds the head again.
+func (h *headSource) revive(s *Store) bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	for _, x := range append(slices.Clone(s.frozen[h.v.Level]), s.active[h.v.Level]) {
+		if x.First == h.v.First && x.Shown() >= h.n {
+			h.v = x.View()
+			return true
+		}
+	}
+	return false
+}
+
+// segmentFrom is the segment whose first entry to arrive has this number.
+func (s *Store) segmentFrom(level byte, first uint64) *segment {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	t := s.segs[level]
+	i := sort.Search(len(t), func(i int) bool { return t[i].first >= first })
+	if i < len(t) && t[i].first == first {
+		return t[i]
+	}
+	return nil
+}
+
+// spent is a source at its last row.
+type spent struct{ pos position }
+
+func (s spent) next() bool                { return false }
+func (s spent) key() (int64, []byte)      { return s.pos.time, []byte(s.pos.id) }
+func (s spent) entry() (log.Entry, error) { return log.Entry{}, errGone }
+func (s spent) trouble() (int, error)     { return 0, nil }
+func (s spent) close()                    {}

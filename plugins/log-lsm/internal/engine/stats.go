@@ -1,0 +1,53 @@
+package engine
+
+import (
+	"context"
+	"math"
+	"runtime"
+	"time"
+
+	"github.com/mvirt/mvirt/sdk/log"
+)
+
+// Stats says what is stored.
+func (s *Store) Stats(context.Context) (log.Stats, error) {
+	s.life.RLock()
+	defer s.life.RUnlock()
+	select {
+	case <-s.done:
+		return log.Stats{}, errClosed()
+	default:
+	}
+	st := log.Stats{ByLevel: map[string]uint64{}}
+	oldest, newest := int64(math.MaxInt64), int64(math.MinInt64)
+	sn := s.snapshot()
+	for l := 1; l < levels; l++ {
+		n := uint64(0)
+		for _, seg := range sn.segs[l] {
+			n += uint64(seg.rows)
+			oldest, newest = min(oldest, seg.minTime), max(newest, seg.maxTime)
+		}
+		for i := range sn.views {
+			if v := &sn.views[i]; int(v.Level) == l {
+				n += uint64(v.Len())
+				for _, t := range v.Times {
+					oldest, newest = min(oldest, t), max(newest, t)
+				}
+			}
+		}
+		if n > 0 {
+			st.ByLevel[log.Level(l).String()] = n
+		}
+		st.Entries += n
+	}
+	if st.Entries > 0 {
+		st.Oldest, st.Newest = time.Unix(0, oldest).UTC(), time.Unix(0, newest).UTC()
+	}
+	st.Objects = uint64(s.objects.Next() - 1)
+	m := s.db.Metrics()
+	st.DiskBytes = m.DiskSpaceUsage()
+	var mem runtime.MemStats
+	runtime.ReadMemStats(&mem)
+	st.MemoryBytes = mem.Sys - mem.HeapReleased
+	return st, nil
+}
