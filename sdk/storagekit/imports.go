@@ -1,0 +1,568 @@
+package storagekit
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/mvirt/mvirt/sdk/errs"
+	"github.com/mvirt/mvirt/sdk/ident"
+	"github.com/mvirt/mvirt/sdk/service"
+	"github.com/mvirt/mvirt/sdk/storage"
+	"github.com/mvirt/mvirt/sdk/storagekit/fetch"
+	"github.com/mvirt/mvirt/sdk/storagekit/image"
+	"github.com/mvirt/mvirt/sdk/storagekit/importer"
+	"github.com/mvirt/mvirt/sdk/storagekit/internal/store"
+	"github.com/mvirt/mvirt/sdk/storagekit/worker"
+)
+
+// Ended imports are kept this long, but no more than that many.
+const (
+	keepImports     = 24 * time.Hour
+	keepMostImports = 1000
+)
+
+// maxScratch bounds a compressed qcow2 image once it is decompressed: half of what ext4 takes in a file.
+const maxScratch = 8 << 40
+
+// watchInterval is the shortest time between two reports of progress to one watcher.
+const watchInterval = 100 * time.Millisecond
+
+// job is an import that is queued or running.
+type job struct {
+	id     string
+	file   *os.File // our own, or nil
+	cancel context.CancelCauseFunc
+	ctx    context.Context
+	done   chan struct{} // closed when the job has ended and all of it is settled
+
+	// Guarded by Service.mu.
+	now     storage.Import
+	changed chan struct{} // closed and replaced at each change
+}
+
+var errCanceled = errs.New(errs.Canceled, "the import was cancelled")
+
+// StartImport begins an import.
+func (s *Service) StartImport(_ context.Context, req storage.ImportRequest) (storage.Import, error) {
+	st, err := s.db()
+	if err != nil {
+		return storage.Import{}, err
+	}
+	if err := checkImport(req); err != nil {
+		return storage.Import{}, err
+	}
+	file := req.File
+	req.File = nil
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return storage.Import{}, errs.New(errs.Unavailable, "the storage plugin stops").Do("try again in a moment")
+	}
+	if old, ok := st.Import(req.ID); ok {
+		if request("import", old.Request) != request("import", req) {
+			return storage.Import{}, errs.New(errs.Exists, "the id belongs to another import").Because("ID_TAKEN").Do("choose a new id")
+		}
+		return s.importLocked(old), nil
+	}
+	if o, ok := st.Any(req.ID); ok {
+		return storage.Import{}, errs.New(errs.Exists, "the id belongs to another %s", o.Kind).With(resource(o)).Because("ID_TAKEN").Do("choose a new id")
+	}
+	if err := s.nameFreeLocked(st, req.Name); err != nil {
+		return storage.Import{}, err
+	}
+	rec := store.Import{Request: req, Import: storage.Import{ID: req.ID, Name: req.Name, Source: source(req), State: storage.ImportQueued,
+		StartedAt: s.opts.Clock().UTC()}}
+	var own *os.File
+	if file != nil {
+		if own, err = duplicate(file); err != nil {
+			return storage.Import{}, errs.Wrap(errs.Exhausted, err, "cannot keep the file open")
+		}
+	}
+	if err := st.Apply(store.Change{PutImport: &rec}); err != nil {
+		if own != nil {
+			own.Close()
+		}
+		return storage.Import{}, err
+	}
+	return s.enqueueLocked(rec, own).now, nil
+}
+
+func checkImport(req storage.ImportRequest) error {
+	if err := ident.CheckID("id", req.ID); err != nil {
+		return err
+	}
+	if err := ident.CheckName("name", req.Name); err != nil {
+		return err
+	}
+	if err := checkLabels(req.Labels); err != nil {
+		return err
+	}
+	if err := importer.CheckChecksum("checksum", req.Checksum); err != nil {
+		return err
+	}
+	switch {
+	case req.File == nil && req.URL == "":
+		return errs.Field("url", "give a file or a URL", "the import has no source")
+	case req.File != nil && req.URL != "":
+		return errs.Field("url", "give either a file or a URL", "the import has two sources")
+	case len(req.FileName) > 4096:
+		return errs.Field("file_name", "shorten it", "file_name has %d bytes", len(req.FileName))
+	case req.URL != "":
+		_, err := fetch.ParseURL("url", req.URL)
+		return err
+	}
+	return nil
+}
+
+func source(req storage.ImportRequest) string {
+	if req.URL != "" {
+		return fetch.Show(req.URL)
+	}
+	return req.FileName
+}
+
+func duplicate(f *os.File) (*os.File, error) {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	fd := -1
+	var derr error
+	err = raw.Control(func(old uintptr) { fd, derr = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 3) })
+	if err := errors.Join(err, derr); err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), f.Name()), nil
+}
+
+// nameFreeLocked refuses a name that a template, an import under way or a change has.
+func (s *Service) nameFreeLocked(st *store.Store, name string) error {
+	by := ""
+	if o, ok := st.ByName(KindTemplate, "", name); ok {
+		by = o.ID
+	} else if id, ok := s.reserved[KindTemplate+"//"+name]; ok {
+		by = id
+	}
+	if by == "" {
+		return nil
+	}
+	return errs.New(errs.Exists, "a template or an import named %q exists", name).
+		With(errs.Resource{Type: KindTemplate, ID: by, Name: name}).Because("NAME_TAKEN").Do("choose another name")
+}
+
+// enqueueLocked takes a job whose record is durable.
+func (s *Service) enqueueLocked(rec store.Import, file *os.File) *job {
+	j := &job{id: rec.ID, file: file, now: rec.Import, done: make(chan struct{}), changed: make(chan struct{})}
+	j.ctx, j.cancel = context.WithCancelCause(s.ctx)
+	s.jobs[j.id] = j
+	s.reserved[KindTemplate+"//"+rec.Name] = rec.ID
+	s.queue = append(s.queue, j)
+	s.startLocked()
+	return j
+}
+
+// startLocked starts what may run.
+func (s *Service) startLocked() {
+	for s.running < s.opts.Running && len(s.queue) > 0 && !s.closed {
+		j := s.queue[0]
+		s.queue = s.queue[1:]
+		s.running++
+		s.work.Go(func() { s.run(j) })
+	}
+}
+
+// setLocked changes what watchers see.
+func (j *job) setLocked(fn func(*storage.Import)) {
+	fn(&j.now)
+	close(j.changed)
+	j.changed = make(chan struct{})
+}
+
+// run does one job from begin to end.
+func (s *Service) run(j *job) {
+	st := s.store.Load()
+	rec, _ := st.Import(j.id)
+	err := s.runImport(st, j, &rec)
+	// A job that ended because the plugin stops stays as it is in the database, and goes on at the next start.
+	stopped := err != nil && errors.Is(err, errShutdown) && rec.Request.URL != ""
+	if err != nil && !stopped {
+		// Nothing of a failed import may be left; what cannot be removed now is swept at the next start.
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		if uerr := s.backend.Undo(ctx, templateOf(rec)); uerr != nil {
+			s.log.Error("cannot remove what a failed import left", "import", j.id, "error", uerr)
+		}
+		cancel()
+	}
+	if j.file != nil {
+		j.file.Close()
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err != nil && !stopped {
+		j.setLocked(func(i *storage.Import) { s.endImport(i, err) })
+		rec.Import, rec.Commit, rec.Fetch = j.now, nil, nil
+		if aerr := st.Apply(store.Change{PutImport: &rec}); aerr != nil {
+			s.log.Error("cannot record the end of an import", "import", j.id, "error", aerr)
+		}
+	}
+	delete(s.reserved, KindTemplate+"//"+rec.Name)
+	delete(s.jobs, j.id)
+	close(j.changed) // watchers look into the database from now on
+	close(j.done)
+	j.cancel(nil)
+	s.running--
+	s.startLocked()
+}
+
+// endImport writes how it ended.
+func (s *Service) endImport(i *storage.Import, err error) {
+	i.EndedAt = s.opts.Clock().UTC()
+	switch {
+	case err == nil:
+		i.State = storage.ImportDone
+	case errors.Is(err, errs.Canceled):
+		i.State = storage.ImportCanceled
+	default:
+		if errors.Is(err, errShutdown) {
+			err = errRestarted()
+		}
+		i.State = storage.ImportFailed
+		i.FailureKind, i.Failure, i.Remedy = uint32(errs.KindOf(err)), err.Error(), errs.RemedyOf(err)
+		s.log.Warn("an import failed", "import", i.ID, "name", i.Name, "source", i.Source, "error", err)
+	}
+}
+
+func errRestarted() error {
+	return errs.New(errs.Unavailable, "the storage plugin was restarted while it imported a file that only its caller can open").
+		Because("IMPORT_INTERRUPTED").Do("import the file again")
+}
+
+// templateOf is the template that an import makes.
+func templateOf(rec store.Import) Object {
+	return Object{Kind: KindTemplate, ID: rec.ID, Name: rec.Name, CreatedAt: rec.StartedAt, Labels: rec.Request.Labels,
+		Source: rec.Source, Checksum: rec.Request.Checksum, Request: request("import", rec.Request)}
+}
+
+// runImport brings the bytes in and puts the template in its place.
+func (s *Service) runImport(st *store.Store, j *job, rec *store.Import) error {
+	if err := context.Cause(j.ctx); err != nil {
+		return err
+	}
+	s.step("import:begin")
+	if rec.Commit == nil {
+		if err := s.bring(st, j, rec); err != nil {
+			return s.noSpace(err)
+		}
+	}
+	s.step("import:committing")
+	if err := s.backend.Finish(context.WithoutCancel(j.ctx), *rec.Commit); err != nil {
+		return s.noSpace(err)
+	}
+	s.step("import:finished")
+	done := *rec
+	done.Commit, done.Fetch = nil, nil
+	s.mu.Lock()
+	j.setLocked(func(i *storage.Import) { s.endImport(i, nil) })
+	done.Import = j.now
+	s.mu.Unlock()
+	err := st.Apply(store.Change{Put: []Object{*rec.Commit}, PutImport: &done})
+	s.step("import:done")
+	return err
+}
+
+// bring does the import up to the decision to commit it, which is rec.Commit.
+func (s *Service) bring(st *store.Store, j *job, rec *store.Import) error {
+	as, err := worker.LookupIdentity(s.opts.WorkerUser)
+	if err != nil {
+		return err
+	}
+	o := templateOf(*rec)
+	var target Target
+	defer func() {
+		if target.File != nil {
+			target.File.Close()
+		}
+	}()
+	ij := importer.Job{
+		ID: j.id, URL: rec.Request.URL, File: j.file, Checksum: rec.Request.Checksum, As: as, Fetcher: s.fetcher, Staging: s.backend.Staging(),
+		Limits: image.Limits{MaxVirtualSize: s.opts.MaxImageSize, MaxScratch: maxScratch, Writers: writers()},
+		SaveResume: func(r importer.Resume) {
+			rec.Fetch, _ = json.Marshal(r) // plain values
+			if err := st.Apply(store.Change{PutImport: rec}); err != nil {
+				s.log.Warn("cannot record how far a download is", "import", j.id, "error", err)
+			}
+			s.step("import:fetching")
+		},
+		Open: func(format string, size int64) (*os.File, int64, bool, error) {
+			if target.File != nil {
+				target.File.Close()
+				target.File = nil
+			}
+			o.Format = format
+			s.mu.Lock()
+			j.setLocked(func(i *storage.Import) { i.SourceFormat = format })
+			s.mu.Unlock()
+			var err error
+			target, err = s.backend.OpenTarget(j.ctx, o, size)
+			s.step("import:target")
+			return target.File, target.Size, target.Block, err
+		},
+		Grow: func(size int64) (int64, error) { return target.Grow(size) },
+		Progress: func(phase string, done, total, wrote int64) {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			j.setLocked(func(i *storage.Import) {
+				i.Progress = service.Progress{Phase: phase, Done: uint64(done), Total: uint64(total)}
+				i.BytesWritten = uint64(wrote)
+			})
+		},
+	}
+	if len(rec.Fetch) > 0 {
+		var r importer.Resume
+		if json.Unmarshal(rec.Fetch, &r) == nil {
+			ij.Resume = &r
+		}
+	}
+	s.mu.Lock()
+	j.setLocked(func(i *storage.Import) { i.State = storage.ImportRunning })
+	rec.Import = j.now
+	s.mu.Unlock()
+	if err := st.Apply(store.Change{PutImport: rec}); err != nil {
+		return err
+	}
+	res, err := importer.Run(j.ctx, ij)
+	if err != nil {
+		return err
+	}
+	s.step("import:converted")
+	if target.Settle != nil {
+		if err := target.Settle(res.Size); err != nil {
+			return err
+		}
+	}
+	o.Size = uint64(res.Size)
+	s.mu.Lock()
+	j.setLocked(func(i *storage.Import) {
+		i.BytesWritten = uint64(res.Wrote)
+		i.Progress = service.Progress{Phase: importer.PhaseConvert, Done: o.Size, Total: o.Size}
+	})
+	rec.Import = j.now
+	s.mu.Unlock()
+	// The last moment for a cancellation. From the next line on the template will be there.
+	if err := context.Cause(j.ctx); err != nil {
+		return err
+	}
+	rec.Commit = &o
+	if err := st.Apply(store.Change{PutImport: rec}); err != nil {
+		rec.Commit = nil
+		return err
+	}
+	return nil
+}
+
+// noSpace says where there is no space, and what to do.
+func (s *Service) noSpace(err error) error {
+	if errs.KindOf(err) != errs.Exhausted || errs.RemedyOf(err) != "" {
+		return err
+	}
+	return &errs.Error{Kind: errs.Exhausted, Reason: "NO_SPACE", Message: "there is no space left for the image", Err: err,
+		Remedy: "free space where volumes are kept, then import again"}
+}
+
+// importLocked is how an import is now.
+func (s *Service) importLocked(rec store.Import) storage.Import {
+	if j, ok := s.jobs[rec.ID]; ok {
+		return j.now
+	}
+	return rec.Import
+}
+
+// findImport resolves an id or a name, where the newest of that name counts.
+func findImport(st *store.Store, ref string) (store.Import, error) {
+	if ident.CheckID("ref", ref) == nil {
+		if i, ok := st.Import(ref); ok {
+			return i, nil
+		}
+	} else {
+		all := st.Imports()
+		for k := len(all) - 1; k >= 0; k-- {
+			if all[k].Name == ref {
+				return all[k], nil
+			}
+		}
+	}
+	return store.Import{}, errs.New(errs.NotFound, "no import %s", ident.Quote(ref)).With(errs.Resource{Type: "import", Name: ref}).
+		Do("list the imports; those that ended long ago are forgotten")
+}
+
+// WatchImport calls fn at each change until the import has ended.
+func (s *Service) WatchImport(ctx context.Context, req storage.Ref, fn func(storage.Import) error) error {
+	st, err := s.db()
+	if err != nil {
+		return err
+	}
+	rec, err := findImport(st, req.Ref)
+	if err != nil {
+		return err
+	}
+	pause := time.NewTimer(0)
+	defer pause.Stop()
+	for {
+		s.mu.Lock()
+		j := s.jobs[rec.ID]
+		var now storage.Import
+		var changed chan struct{}
+		if j != nil {
+			now, changed = j.now, j.changed
+		} else if r, ok := st.Import(rec.ID); ok {
+			now = r.Import
+		}
+		closed := s.closed && j == nil
+		s.mu.Unlock()
+		// A final state is told only once everything of the job is settled.
+		if !now.State.Final() || j == nil {
+			if err := fn(now); err != nil {
+				return err
+			}
+		}
+		switch {
+		case j == nil && now.State.Final():
+			return nil
+		case closed:
+			return errs.New(errs.Unavailable, "the storage plugin stops; the import goes on when it is back").Do("watch the import again")
+		case j == nil:
+			return errs.New(errs.Internal, "the import is neither running nor ended")
+		}
+		pause.Reset(watchInterval)
+		select {
+		case <-pause.C:
+		case <-j.done:
+			continue
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		select {
+		case <-changed:
+		case <-j.done:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// ListImports lists running and ended ones, oldest first.
+func (s *Service) ListImports(context.Context) ([]storage.Import, error) {
+	st, err := s.db()
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []storage.Import
+	for _, rec := range st.Imports() {
+		out = append(out, s.importLocked(rec))
+	}
+	return out, nil
+}
+
+// CancelImport stops an import and waits until nothing of it is left.
+func (s *Service) CancelImport(ctx context.Context, req storage.Ref) error {
+	st, err := s.db()
+	if err != nil {
+		return err
+	}
+	rec, err := findImport(st, req.Ref)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	j := s.jobs[rec.ID]
+	if j != nil && !s.closed {
+		j.cancel(errCanceled)
+		// One that waits for its turn has it now: it ends at once.
+		for i, q := range s.queue {
+			if q == j {
+				s.queue = append(s.queue[:i:i], s.queue[i+1:]...)
+				s.running++
+				s.work.Go(func() { s.run(j) })
+				break
+			}
+		}
+	}
+	s.mu.Unlock()
+	if j == nil {
+		return nil
+	}
+	select {
+	case <-j.done:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// recoverImports fails those that cannot go on; it runs before anything else may look at them.
+func (s *Service) recoverImports(ctx context.Context, st *store.Store) error {
+	for _, rec := range st.Imports() {
+		if rec.State.Final() || rec.Request.URL != "" || rec.Commit != nil {
+			continue
+		}
+		if err := s.backend.Undo(ctx, templateOf(rec)); err != nil {
+			return fmt.Errorf("remove what an interrupted import left: %w", err)
+		}
+		s.endImport(&rec.Import, errRestarted())
+		if err := st.Apply(store.Change{PutImport: &rec}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// resumeImports puts the others back to work.
+func (s *Service) resumeImports() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := s.store.Load()
+	for _, rec := range st.Imports() {
+		if !rec.State.Final() && s.jobs[rec.ID] == nil {
+			s.log.Info("an interrupted import goes on", "import", rec.ID, "name", rec.Name)
+			s.enqueueLocked(rec, nil)
+		}
+	}
+}
+
+// pruneImports forgets ended imports.
+func (s *Service) pruneImports() {
+	st, err := s.db()
+	if err != nil {
+		return
+	}
+	var old []string
+	all := st.Imports()
+	now := s.opts.Clock()
+	for i, rec := range all {
+		if rec.State.Final() && (now.Sub(rec.EndedAt) > keepImports || len(all)-i > keepMostImports && now.Sub(rec.EndedAt) > time.Hour) {
+			old = append(old, rec.ID)
+		}
+	}
+	if len(old) > 0 {
+		if err := st.Apply(store.Change{DeleteImport: old}); err != nil {
+			s.log.Warn("cannot forget ended imports", "error", err)
+		}
+	}
+}
+
+// workerCondition tells when images cannot be converted here.
+func (s *Service) workerCondition() (service.Condition, bool) {
+	_, err := worker.LookupIdentity(s.opts.WorkerUser)
+	if err == nil {
+		return service.Condition{}, false
+	}
+	return service.Condition{Code: "WORKER_USER_MISSING", Severity: service.SeverityWarning, Text: err.Error(), Remedy: errs.RemedyOf(err)}, true
+}
