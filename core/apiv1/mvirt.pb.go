@@ -1071,6 +1071,8 @@ type Operation struct {
 	EndedAt       *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=ended_at,json=endedAt,proto3" json:"ended_at,omitempty"`
 	Undone        []string               `protobuf:"bytes,13,rep,name=undone,proto3" json:"undone,omitempty"` // what was undone, in words
 	Who           string                 `protobuf:"bytes,14,opt,name=who,proto3" json:"who,omitempty"`
+	Title         string                 `protobuf:"bytes,15,opt,name=title,proto3" json:"title,omitempty"` // in words: "create VM web"
+	Left          []string               `protobuf:"bytes,16,rep,name=left,proto3" json:"left,omitempty"`   // what could not be undone or done, in words
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1201,6 +1203,20 @@ func (x *Operation) GetWho() string {
 		return x.Who
 	}
 	return ""
+}
+
+func (x *Operation) GetTitle() string {
+	if x != nil {
+		return x.Title
+	}
+	return ""
+}
+
+func (x *Operation) GetLeft() []string {
+	if x != nil {
+		return x.Left
+	}
+	return nil
 }
 
 type ImportTemplateRequest struct {
@@ -6840,7 +6856,7 @@ const file_mvirt_v1_mvirt_proto_rawDesc = "" +
 	"\x16ListOperationsResponse\x123\n" +
 	"\n" +
 	"operations\x18\x01 \x03(\v2\x13.mvirt.v1.OperationR\n" +
-	"operations\"\x88\x03\n" +
+	"operations\"\xb2\x03\n" +
 	"\tOperation\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04type\x18\x02 \x01(\tR\x04type\x12\x14\n" +
@@ -6858,7 +6874,9 @@ const file_mvirt_v1_mvirt_proto_rawDesc = "" +
 	"started_at\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\x125\n" +
 	"\bended_at\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\aendedAt\x12\x16\n" +
 	"\x06undone\x18\r \x03(\tR\x06undone\x12\x10\n" +
-	"\x03who\x18\x0e \x01(\tR\x03who\"\xd7\x02\n" +
+	"\x03who\x18\x0e \x01(\tR\x03who\x12\x14\n" +
+	"\x05title\x18\x0f \x01(\tR\x05title\x12\x12\n" +
+	"\x04left\x18\x10 \x03(\tR\x04left\"\xd7\x02\n" +
 	"\x15ImportTemplateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x10\n" +

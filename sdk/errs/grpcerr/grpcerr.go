@@ -1,0 +1,195 @@
+// Package grpcerr carries errs.Error over gRPC: as a status whose code any client understands, with the whole
+// error in a mvirt.plugin.v1.ErrorDetail, and the standard google.rpc details (BadRequest, ErrorInfo) beside
+// it for clients in other languages.
+package grpcerr
+
+import (
+	"context"
+	"errors"
+	"strings"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/protoadapt"
+
+	"github.com/mvirt/mvirt/sdk/errs"
+	"github.com/mvirt/mvirt/sdk/internal/pb/pluginpb"
+)
+
+// Domain stands in ErrorInfo.
+const Domain = "mvirt"
+
+// maxDepth bounds how deep a chain of causes is carried, and read from a peer.
+const maxDepth = 16
+
+var toCode = map[errs.Kind]codes.Code{
+	errs.Unknown: codes.Unknown, errs.Invalid: codes.InvalidArgument, errs.NotFound: codes.NotFound, errs.Exists: codes.AlreadyExists,
+	errs.Precondition: codes.FailedPrecondition, errs.Conflict: codes.Aborted, errs.Exhausted: codes.ResourceExhausted,
+	errs.Unavailable: codes.Unavailable, errs.Unsupported: codes.Unimplemented, errs.Denied: codes.PermissionDenied,
+	errs.Deadline: codes.DeadlineExceeded, errs.Canceled: codes.Canceled, errs.Corrupt: codes.DataLoss, errs.Internal: codes.Internal,
+	errs.OutOfRange: codes.OutOfRange, errs.Unauthorized: codes.Unauthenticated,
+}
+
+var toKind = func() map[codes.Code]errs.Kind {
+	m := map[codes.Code]errs.Kind{}
+	for k, c := range toCode {
+		m[c] = k
+	}
+	return m
+}()
+
+// Code is the gRPC code of a kind.
+func Code(k errs.Kind) codes.Code {
+	if c, ok := toCode[k]; ok {
+		return c
+	}
+	return codes.Unknown
+}
+
+// Kind is the kind of a gRPC code.
+func Kind(c codes.Code) errs.Kind { return toKind[c] }
+
+// ToStatus makes err a gRPC status error. nil stays nil, and what is a status already stays as it is.
+func ToStatus(err error) error {
+	if err == nil {
+		return nil
+	}
+	if _, ok := status.FromError(err); ok && !isOurs(err) {
+		return err
+	}
+	detail := encode(err, 0)
+	st := status.New(Code(errs.KindOf(err)), text(err.Error()))
+	details := []protoadapt.MessageV1{protoadapt.MessageV1Of(detail)}
+	if f := fieldOf(err); f != nil {
+		details = append(details, protoadapt.MessageV1Of(&errdetails.BadRequest{FieldViolations: []*errdetails.BadRequest_FieldViolation{
+			{Field: f.Field, Description: text(f.Message)}}}))
+	}
+	if r := errs.ReasonOf(err); r != "" {
+		details = append(details, protoadapt.MessageV1Of(&errdetails.ErrorInfo{Reason: text(r), Domain: Domain,
+			Metadata: map[string]string{"remedy": text(errs.RemedyOf(err))}}))
+	}
+	if with, werr := st.WithDetails(details...); werr == nil {
+		st = with
+	}
+	return st.Err()
+}
+
+// FromStatus makes of a gRPC status error what it was before ToStatus. An error that is no status, and nil,
+// stay as they are; a status of a stranger keeps its code as the kind.
+func FromStatus(err error) error {
+	if err == nil {
+		return nil
+	}
+	st, ok := status.FromError(err)
+	if !ok || st.Code() == codes.OK {
+		return err
+	}
+	for _, d := range st.Details() {
+		if e, ok := d.(*pluginpb.ErrorDetail); ok {
+			return decode(e, 0)
+		}
+	}
+	return &errs.Error{Kind: Kind(st.Code()), Message: st.Message()}
+}
+
+// Detail is err as a message, for errors inside other messages.
+func Detail(err error) *pluginpb.ErrorDetail { return encode(err, 0) }
+
+// FromDetail is the error that Detail was made of.
+func FromDetail(d *pluginpb.ErrorDetail) error { return decode(d, 0) }
+
+func isOurs(err error) bool {
+	var e *errs.Error
+	return errors.As(err, &e)
+}
+
+func fieldOf(err error) *errs.Error {
+	var e *errs.Error
+	for errors.As(err, &e) {
+		if e.Field != "" {
+			return e
+		}
+		err, e = e.Err, nil
+	}
+	return nil
+}
+
+func encode(err error, depth int) *pluginpb.ErrorDetail {
+	var e *errs.Error
+	if x, ok := err.(*errs.Error); ok { //nolint:errorlint // the chain is walked link by link
+		e = x
+	}
+	if e == nil {
+		d := &pluginpb.ErrorDetail{Kind: uint32(errs.KindOf(err)), Message: text(err.Error())}
+		if isOurs(err) && depth < maxDepth { // wrapped by fmt.Errorf or errors.Join: keep what is inside
+			for _, c := range unwrap(err) {
+				d.Causes = append(d.Causes, encode(c, depth+1))
+			}
+		}
+		return d
+	}
+	d := &pluginpb.ErrorDetail{Kind: uint32(e.Kind), Op: text(e.Op), ResourceType: text(e.Resource.Type), ResourceId: text(e.Resource.ID),
+		ResourceName: text(e.Resource.Name), Field: text(e.Field), Reason: text(e.Reason), Message: text(e.Message), Remedy: text(e.Remedy)}
+	if e.Err != nil && depth < maxDepth {
+		d.Causes = []*pluginpb.ErrorDetail{encode(e.Err, depth+1)}
+	}
+	return d
+}
+
+func unwrap(err error) []error {
+	switch x := err.(type) { //nolint:errorlint // the chain is walked link by link
+	case interface{ Unwrap() []error }:
+		return x.Unwrap()
+	case interface{ Unwrap() error }:
+		if u := x.Unwrap(); u != nil {
+			return []error{u}
+		}
+	}
+	return nil
+}
+
+func decode(d *pluginpb.ErrorDetail, depth int) error {
+	e := &errs.Error{Op: d.GetOp(), Kind: errs.Kind(d.GetKind()), Field: d.GetField(), Reason: d.GetReason(), Message: d.GetMessage(), Remedy: d.GetRemedy(),
+		Resource: errs.Resource{Type: d.GetResourceType(), ID: d.GetResourceId(), Name: d.GetResourceName()}}
+	if depth >= maxDepth || len(d.GetCauses()) == 0 {
+		return e
+	}
+	causes := make([]error, 0, len(d.GetCauses()))
+	for _, c := range d.GetCauses() {
+		causes = append(causes, decode(c, depth+1))
+	}
+	if d.GetOp() == "" && d.GetField() == "" && strings.Contains(d.GetMessage(), causes[0].Error()) {
+		// What was wrapped says itself what the causes say: keep them for errors.Is, not for the text.
+		return &said{text: d.GetMessage(), causes: causes}
+	}
+	e.Err = causes[0]
+	if len(causes) > 1 {
+		e.Err = errors.Join(causes...)
+	}
+	return e
+}
+
+// said is an error whose text already holds its causes' texts.
+type said struct {
+	text   string
+	causes []error
+}
+
+func (s *said) Error() string   { return s.text }
+func (s *said) Unwrap() []error { return s.causes }
+
+// text makes a string fit for a proto field.
+func text(s string) string { return strings.ToValidUTF8(s, "�") }
+
+// FromContext is the error of a context that has ended, as errs knows it, or nil.
+func FromContext(ctx context.Context) error {
+	switch err := ctx.Err(); {
+	case err == nil:
+		return nil
+	case errors.Is(err, context.DeadlineExceeded):
+		return errs.Wrap(errs.Deadline, err, "not finished in time")
+	default:
+		return errs.Wrap(errs.Canceled, err, "canceled")
+	}
+}
