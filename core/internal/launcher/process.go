@@ -4,11 +4,11 @@ import (
 	"context"
 	"os"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/mvirt/mvirt/core/internal/config"
+	"github.com/mvirt/mvirt/sdk/errs"
 	"github.com/mvirt/mvirt/sdk/service"
 )
 
@@ -35,23 +35,39 @@ type Process struct {
 
 // Local starts plugins as the current user, without a launcher: mvirtd not run as root.
 type Local struct {
-	st *starter
+	st   *starter
+	lock *os.File
 }
 
-// NewLocal makes a local spawner; env is what the handshake adds to a plugin's environment.
+// NewLocal makes the directories that root would make, takes the state directory's lock and returns a
+// spawner. env is what the handshake adds to a plugin's environment.
 func NewLocal(cfg *config.Config, env func(launchDir string) []string) (*Local, error) {
 	t, err := newTable(cfg, false, systemAccounts())
 	if err != nil {
 		return nil, err
 	}
-	st, err := newStarter(t, cfg.Core.RunDir, nil, env)
+	run, err := ensureDir(cfg.Core.RunDir, t.core, 0o755, t.trust)
 	if err != nil {
+		return nil, errs.Wrap(errs.Unknown, err, "core.run_dir")
+	}
+	run.Close()
+	state, err := ensureDir(cfg.Core.StateDir, t.core, 0o700, t.trust)
+	if err != nil {
+		return nil, errs.Wrap(errs.Unknown, err, "core.state_dir")
+	}
+	l := &Local{lock: state}
+	if err := lockState(state, cfg.Core.StateDir, cfg.Core.RunDir); err != nil {
+		state.Close()
 		return nil, err
 	}
-	if _, err := st.sweep(); err != nil {
+	if l.st, err = newStarter(t, cfg.Core.RunDir, nil, env); err == nil {
+		_, err = l.st.sweep()
+	}
+	if err != nil {
+		state.Close()
 		return nil, err
 	}
-	return &Local{st: st}, nil
+	return l, nil
 }
 
 // Spawn starts a plugin.
@@ -69,5 +85,9 @@ func (l *Local) Spawn(_ context.Context, kind service.Kind) (*Process, error) {
 		Gone:   la.child.gone, Exit: func() Exit { return la.child.exit }}, nil
 }
 
-// Close kills what still runs and removes the launch directories.
-func (l *Local) Close() { l.st.end(2 * time.Second) }
+// Close kills what still runs, removes the launch directories and gives the lock back.
+func (l *Local) Close() {
+	l.st.end(pluginGrace)
+	l.st.dirs.dir.Close()
+	l.lock.Close()
+}

@@ -31,13 +31,14 @@ const (
 
 // RootOptions are what RunRoot needs besides the configuration.
 type RootOptions struct {
-	Config *config.Config
-	Text   []byte // the configuration as read; the core gets exactly this
-	Env    func(launchDir string) []string
-	Log    *slog.Logger
-	Ready  func()                 // the API is served; called once for each core
-	Args   []string               // what the core is started with behind CoreArg
-	Signal func(chan<- os.Signal) // replaces signal.Notify in tests; nil: SIGTERM and SIGINT
+	Config   *config.Config
+	Text     []byte // the configuration as read; the core gets exactly this
+	Env      func(launchDir string) []string
+	Log      *slog.Logger
+	Ready    func()                 // the API is served; called once for each core
+	Stopping func()                 // an orderly stop has begun
+	Args     []string               // what the core is started with behind CoreArg
+	Signal   func(chan<- os.Signal) // replaces signal.Notify in tests; nil: SIGTERM and SIGINT
 }
 
 // Restart of the core: like a plugin's, at once the first time, then with back-off; it is never given up, for
@@ -47,7 +48,7 @@ const (
 	coreLongestDelay = 30 * time.Second
 	coreHealthyAfter = 60 * time.Second
 	pluginGrace      = 2 * time.Second // between the end of the core and SIGKILL for its plugins
-	stopMargin       = 3 * time.Second // on top of core.stop_timeout, before the core is killed
+	stopMargin       = 5 * time.Second // on top of twice core.stop_timeout (API, then plugins), before the core is killed
 )
 
 // RunRoot is the launcher: it prepares directories, starts the core, and serves it until SIGTERM or SIGINT.
@@ -209,10 +210,13 @@ func (r *root) serveCore(sigs <-chan os.Signal) (exit Exit, stopped bool, err er
 			}
 			stopped = true
 			r.o.Log.Info("stopping; VMs keep running", "signal", s.String())
+			if r.o.Stopping != nil {
+				r.o.Stopping()
+			}
 			if c.send(&message{Type: msgStop}) != nil {
 				core.signal(unix.SIGTERM)
 			}
-			deadline = time.After(r.o.Config.Core.StopTimeout + stopMargin)
+			deadline = time.After(2*r.o.Config.Core.StopTimeout + stopMargin)
 		case <-deadline:
 			r.o.Log.Warn("the core does not end; killing it")
 			core.signal(unix.SIGKILL)

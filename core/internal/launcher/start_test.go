@@ -136,7 +136,7 @@ func TestExits(t *testing.T) {
 		{mode: "", sig: syscall.SIGTERM, want: "killed by SIGTERM"},
 		{mode: "stubborn", sig: syscall.SIGKILL, want: "killed by SIGKILL"},
 	} {
-		cfg := parse(t, fmt.Sprintf("[core]\nrun_dir = %q\n[plugin.log]\ncommand = %q\nargs = [\"test-plugin\", %q]\n", dir+"/run", bin, c.mode))
+		cfg := parse(t, fmt.Sprintf("[core]\nrun_dir = %q\nstate_dir = \"%[1]s-state\"\n[plugin.log]\ncommand = %q\nargs = [\"test-plugin\", %q]\n", dir+"/run", bin, c.mode))
 		l, err := NewLocal(cfg, testEnv)
 		must(t, err)
 		p, err := l.Spawn(context.Background(), service.KindLog)
@@ -164,7 +164,7 @@ func TestExecErrors(t *testing.T) {
 	} {
 		bin := filepath.Join(dir, "bin")
 		must(t, os.WriteFile(bin, []byte(c.content), 0o755))
-		cfg := parse(t, fmt.Sprintf("[core]\nrun_dir = %q\n[plugin.log]\ncommand = %q\n", dir+"/run", bin))
+		cfg := parse(t, fmt.Sprintf("[core]\nrun_dir = %q\nstate_dir = \"%[1]s-state\"\n[plugin.log]\ncommand = %q\n", dir+"/run", bin))
 		l, err := NewLocal(cfg, testEnv)
 		must(t, err)
 		_, err = l.Spawn(context.Background(), service.KindLog)
@@ -182,7 +182,7 @@ func TestScriptStarts(t *testing.T) {
 	dir := t.TempDir()
 	bin := filepath.Join(dir, "script")
 	must(t, os.WriteFile(bin, []byte("#!/bin/sh\necho \"from a script: $1\"\n"), 0o755))
-	cfg := parse(t, fmt.Sprintf("[core]\nrun_dir = %q\n[plugin.log]\ncommand = %q\nargs = [\"x\"]\n", dir+"/run", bin))
+	cfg := parse(t, fmt.Sprintf("[core]\nrun_dir = %q\nstate_dir = \"%[1]s-state\"\n[plugin.log]\ncommand = %q\nargs = [\"x\"]\n", dir+"/run", bin))
 	l, err := NewLocal(cfg, testEnv)
 	must(t, err)
 	defer l.Close()
@@ -200,7 +200,7 @@ func TestScriptStarts(t *testing.T) {
 // else whose pid happens to be in a record.
 func TestSweep(t *testing.T) {
 	dir, bin := selfCopy(t)
-	cfg := parse(t, fmt.Sprintf("[core]\nrun_dir = %q\n[plugin.log]\ncommand = %q\nargs = [\"test-plugin\", \"stubborn\"]\n", dir+"/run", bin))
+	cfg := parse(t, fmt.Sprintf("[core]\nrun_dir = %q\nstate_dir = \"%[1]s-state\"\n[plugin.log]\ncommand = %q\nargs = [\"test-plugin\", \"stubborn\"]\n", dir+"/run", bin))
 	l, err := NewLocal(cfg, testEnv)
 	must(t, err)
 	p, err := l.Spawn(context.Background(), service.KindLog)
@@ -231,7 +231,7 @@ func TestSweep(t *testing.T) {
 
 func TestEndKillsTheStubborn(t *testing.T) {
 	dir, bin := selfCopy(t)
-	cfg := parse(t, fmt.Sprintf("[core]\nrun_dir = %q\n[plugin.log]\ncommand = %q\nargs = [\"test-plugin\", \"stubborn\"]\n", dir+"/run", bin))
+	cfg := parse(t, fmt.Sprintf("[core]\nrun_dir = %q\nstate_dir = \"%[1]s-state\"\n[plugin.log]\ncommand = %q\nargs = [\"test-plugin\", \"stubborn\"]\n", dir+"/run", bin))
 	l, err := NewLocal(cfg, testEnv)
 	must(t, err)
 	p, err := l.Spawn(context.Background(), service.KindLog)
