@@ -1,0 +1,8 @@
+package console
+
+import (
+	"os"
+	"syscall"
+)
+
+func blocks(fi os.FileInfo) int64 { return fi.Sys().(*syscall.Stat_t).Blocks }
