@@ -45,6 +45,18 @@ type Config struct {
 // that clouds use (169.254.169.254) and from the gateway.
 var DefaultLinkPrefix = netip.MustParsePrefix("169.254.64.0/18")
 
+// Needs is what the plugin requires of the host. It works without any of it as far as it can, and says in
+// its health what is missing.
+func Needs() service.Needs {
+	return service.Needs{
+		Root: true,
+		// The last three start workers under their own user.
+		Capabilities: []string{"CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_SYS_ADMIN", "CAP_CHOWN", "CAP_SETUID", "CAP_SETGID", "CAP_KILL"},
+		Devices:      []string{"/dev/net/tun"},
+		Programs:     []string{"nft"},
+	}
+}
+
 // Service implements net.Service.
 type Service struct {
 	cfg      Config
@@ -79,10 +91,7 @@ func Open(cfg Config) (*Service, error) {
 	if cfg.Tick == 0 {
 		cfg.Tick = 10 * time.Second
 	}
-	if !cfg.LinkPrefix.IsValid() {
-		cfg.LinkPrefix = DefaultLinkPrefix
-	}
-	if p := cfg.LinkPrefix; !p.Addr().Is4() || p != p.Masked() || p.Bits() > 30 {
+	if p := cfg.LinkPrefix; !p.IsValid() || !p.Addr().Is4() || p != p.Masked() || p.Bits() > 30 {
 		return nil, errs.Field("link_prefix", "give an IPv4 prefix of at most /30 that nothing else uses, as "+DefaultLinkPrefix.String(),
 			"--link-prefix %s is not usable", p)
 	}

@@ -253,9 +253,7 @@ func (r *Router) error4(to *endpoint, p *Packet, typ, code uint8, extra uint32) 
 	q := r.fresh()
 	r.ipID++
 	n := wire.ICMPv4Error(q.Head, p.whole(r), r.router4, typ, code, extra, r.ipID)
-	if to.nic != nil {
-		wire.PutEth(q.Head, to.nic.cfg.MAC, GatewayMAC, wire.TypeIPv4)
-	}
+	wire.PutEth(q.Head, to.mac(), GatewayMAC, wire.TypeIPv4)
 	r.send(to, q.done(n))
 }
 

@@ -27,6 +27,14 @@ type endpoint struct {
 	Counters
 }
 
+// mac is the address on the link of what is there; the uplink has none.
+func (e *endpoint) mac() wire.MAC {
+	if e.nic == nil {
+		return 0
+	}
+	return e.nic.cfg.MAC
+}
+
 // NIC is one NIC on the router.
 type NIC struct {
 	endpoint
@@ -224,7 +232,7 @@ func (r *Router) Each(f func(id string, s Status)) {
 
 // PollNIC moves one burst from a NIC and says how many packets it held. now is a monotonic time.
 func (r *Router) PollNIC(nic *NIC, now int64) int {
-	if nic.port == nil {
+	if nic == nil || nic.port == nil {
 		return 0
 	}
 	r.now = now

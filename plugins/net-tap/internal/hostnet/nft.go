@@ -94,12 +94,13 @@ table arp mvirt {
 // forwarding is on only because of us.
 func HostRules(i Instance, links []string, pool netip.Prefix, guards []string) string {
 	t := "inet mvirt_net_" + string(i)
-	if len(links) == 0 {
+	names := quoted(links)
+	if names == "" {
 		return "table " + t + "\ndelete table " + t + "\n"
 	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "table %s\ndelete table %s\ntable %s {\n", t, t, t)
-	fmt.Fprintf(&b, "\tset links {\n\t\ttype ifname\n\t\telements = { %s }\n\t}\n", quoted(links))
+	fmt.Fprintf(&b, "\tset links {\n\t\ttype ifname\n\t\telements = { %s }\n\t}\n", names)
 	b.WriteString(`	chain input {
 		type filter hook input priority filter - 10; policy accept;
 		iifname @links ct state established,related accept
@@ -112,8 +113,8 @@ func HostRules(i Instance, links []string, pool netip.Prefix, guards []string) s
 		oifname @links drop
 		iifname @links accept
 `)
-	if len(guards) > 0 {
-		fmt.Fprintf(&b, "\t\tiifname { %s } oifname != \"mvh*\" drop\n", quoted(guards))
+	if g := quoted(guards); g != "" {
+		fmt.Fprintf(&b, "\t\tiifname { %s } oifname != \"mvh*\" drop\n", g)
 	}
 	fmt.Fprintf(&b, `	}
 	chain post {

@@ -35,6 +35,12 @@ func Sum(sum uint64, b []byte) uint64 {
 	return sum
 }
 
+// AddSum adds two sums.
+func AddSum(a, b uint64) uint64 {
+	s, c := bits.Add64(a, b, 0)
+	return s + c
+}
+
 // SwapSum turns the sum of a part that began at an odd offset into what it counts for at an even one
 // (RFC 1071, section 2 (B): a byte-swapped sum is the sum of swapped bytes).
 func SwapSum(sum uint64) uint64 { return uint64(bits.ReverseBytes16(^Fold(sum))) }

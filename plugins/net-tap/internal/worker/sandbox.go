@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -17,12 +18,31 @@ func confine() (string, error) {
 		return "", fmt.Errorf("no_new_privs: %w", err)
 	}
 	did = append(did, "no_new_privs")
+	if err := dropCaps(); err != nil {
+		return "", fmt.Errorf("capabilities: %w", err)
+	}
 	if err := seccomp(); err != nil {
 		return "", fmt.Errorf("seccomp: %w", err)
 	}
 	did = append(did, "seccomp")
 	_ = unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0) // guests' packets stay out of core dumps
 	return strings.Join(did, " "), nil
+}
+
+// dropCaps gives up all capabilities, on all threads: a control plane that is not root may have passed
+// ambient ones on.
+func dropCaps() error {
+	_, _, errno := syscall.AllThreadsSyscall6(unix.SYS_PRCTL, unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0, 0)
+	if errno != 0 {
+		return errno
+	}
+	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var none [2]unix.CapUserData
+	_, _, errno = syscall.AllThreadsSyscall(unix.SYS_CAPSET, uintptr(unsafe.Pointer(&hdr)), uintptr(unsafe.Pointer(&none[0])), 0)
+	if errno != 0 {
+		return errno
+	}
+	return nil
 }
 
 // BPF return values (linux/seccomp.h) and offsets in struct seccomp_data.
