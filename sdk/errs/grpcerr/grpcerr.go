@@ -6,7 +6,12 @@ package grpcerr
 import (
 	"context"
 	"errors"
+	"io"
+	"io/fs"
+	"os"
+	"reflect"
 	"strings"
+	"syscall"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
@@ -20,8 +25,34 @@ import (
 // Domain stands in ErrorInfo.
 const Domain = "mvirt"
 
-// maxDepth bounds how deep a chain of causes is carried, and read from a peer.
-const maxDepth = 16
+// A chain of causes is carried, and read from a peer, to this depth and breadth; a text to this length, so that
+// a status stays within what other gRPC libraries accept as trailing metadata (8 KiB by default in C-core).
+const (
+	maxDepth  = 16
+	maxJoined = 16
+	maxText   = 2 << 10
+)
+
+// sentinels are the standard library's errors that stay what they are across the wire. The names are on the
+// wire: append only.
+var sentinels = map[string]error{
+	"context.Canceled": context.Canceled, "context.DeadlineExceeded": context.DeadlineExceeded,
+	"io.EOF": io.EOF, "io.ErrUnexpectedEOF": io.ErrUnexpectedEOF, "fs.ErrNotExist": fs.ErrNotExist, "fs.ErrExist": fs.ErrExist,
+	"fs.ErrPermission": fs.ErrPermission, "fs.ErrClosed": fs.ErrClosed, "errors.ErrUnsupported": errors.ErrUnsupported,
+	"os.ErrDeadlineExceeded": os.ErrDeadlineExceeded,
+}
+
+func sentinelName(err error) string {
+	if !reflect.TypeOf(err).Comparable() {
+		return ""
+	}
+	for name, s := range sentinels {
+		if s == err { //nolint:errorlint // exactly this error, not one that wraps it
+			return name
+		}
+	}
+	return ""
+}
 
 var toCode = map[errs.Kind]codes.Code{
 	errs.Unknown: codes.Unknown, errs.Invalid: codes.InvalidArgument, errs.NotFound: codes.NotFound, errs.Exists: codes.AlreadyExists,
@@ -90,7 +121,35 @@ func FromStatus(err error) error {
 			return decode(e, 0)
 		}
 	}
-	return &errs.Error{Kind: Kind(st.Code()), Message: st.Message()}
+	return stranger(st)
+}
+
+// stranger makes an error of a status without ErrorDetail: one that gRPC made itself on this side (the peer
+// is gone, ctx has ended), or a peer in another language, whose google.rpc details are read.
+func stranger(st *status.Status) error {
+	e := &errs.Error{Kind: Kind(st.Code()), Message: st.Message()}
+	switch st.Code() {
+	case codes.Canceled:
+		e.Err = context.Canceled
+	case codes.DeadlineExceeded:
+		e.Err = context.DeadlineExceeded
+	}
+	if e.Err != nil && e.Message == e.Err.Error() {
+		e.Message = ""
+	}
+	for _, d := range st.Details() {
+		switch d := d.(type) {
+		case *errdetails.BadRequest:
+			if v := d.GetFieldViolations(); len(v) > 0 {
+				e.Field = v[0].GetField()
+			}
+		case *errdetails.ErrorInfo:
+			e.Reason, e.Remedy = d.GetReason(), d.GetMetadata()["remedy"]
+		case *errdetails.ResourceInfo:
+			e.Resource = errs.Resource{Type: d.GetResourceType(), Name: d.GetResourceName()}
+		}
+	}
+	return e
 }
 
 // Detail is err as a message, for errors inside other messages.
@@ -122,8 +181,19 @@ func encode(err error, depth int) *pluginpb.ErrorDetail {
 	}
 	if e == nil {
 		d := &pluginpb.ErrorDetail{Kind: uint32(errs.KindOf(err)), Message: text(err.Error())}
-		if isOurs(err) && depth < maxDepth { // wrapped by fmt.Errorf or errors.Join: keep what is inside
-			for _, c := range unwrap(err) {
+		if name := sentinelName(err); name != "" {
+			d.Sentinel = name
+			return d
+		}
+		if no, ok := err.(syscall.Errno); ok { //nolint:errorlint // the chain is walked link by link
+			d.Errno = uint32(no)
+			return d
+		}
+		if depth < maxDepth { // wrapped by fmt.Errorf, errors.Join, *fs.PathError, …: keep what is inside
+			for i, c := range unwrap(err) {
+				if i == maxJoined {
+					break
+				}
 				d.Causes = append(d.Causes, encode(c, depth+1))
 			}
 		}
@@ -152,16 +222,26 @@ func unwrap(err error) []error {
 func decode(d *pluginpb.ErrorDetail, depth int) error {
 	e := &errs.Error{Op: d.GetOp(), Kind: errs.Kind(d.GetKind()), Field: d.GetField(), Reason: d.GetReason(), Message: d.GetMessage(), Remedy: d.GetRemedy(),
 		Resource: errs.Resource{Type: d.GetResourceType(), ID: d.GetResourceId(), Name: d.GetResourceName()}}
-	if depth >= maxDepth || len(d.GetCauses()) == 0 {
-		return e
+	var causes []error
+	switch s := sentinels[d.GetSentinel()]; {
+	case s != nil:
+		causes = []error{s}
+	case d.GetErrno() != 0:
+		causes = []error{syscall.Errno(d.GetErrno())}
+	case depth < maxDepth:
+		for i, c := range d.GetCauses() {
+			if i == maxJoined {
+				break
+			}
+			causes = append(causes, decode(c, depth+1))
+		}
 	}
-	causes := make([]error, 0, len(d.GetCauses()))
-	for _, c := range d.GetCauses() {
-		causes = append(causes, decode(c, depth+1))
+	if len(causes) == 0 {
+		return e
 	}
 	if d.GetOp() == "" && d.GetField() == "" && strings.Contains(d.GetMessage(), causes[0].Error()) {
 		// What was wrapped says itself what the causes say: keep them for errors.Is, not for the text.
-		return &said{text: d.GetMessage(), causes: causes}
+		return &said{text: d.GetMessage(), kind: e.Kind, causes: causes}
 	}
 	e.Err = causes[0]
 	if len(causes) > 1 {
@@ -173,14 +253,26 @@ func decode(d *pluginpb.ErrorDetail, depth int) error {
 // said is an error whose text already holds its causes' texts.
 type said struct {
 	text   string
+	kind   errs.Kind // what the far side knew; the causes may have lost it
 	causes []error
 }
 
 func (s *said) Error() string   { return s.text }
 func (s *said) Unwrap() []error { return s.causes }
 
-// text makes a string fit for a proto field.
-func text(s string) string { return strings.ToValidUTF8(s, "�") }
+// Is lets errs.KindOf's answer on the far side hold here as well.
+func (s *said) Is(target error) bool {
+	k, ok := target.(errs.Kind) //nolint:errorlint // kinds are values, never wrapped
+	return ok && k != errs.Unknown && k == s.kind
+}
+
+// text makes a string fit for a proto field and for a trailer.
+func text(s string) string {
+	if len(s) > maxText {
+		s = s[:maxText-len("…")] + "…"
+	}
+	return strings.ToValidUTF8(s, "\ufffd")
+}
 
 // FromContext is the error of a context that has ended, as errs knows it, or nil.
 func FromContext(ctx context.Context) error {

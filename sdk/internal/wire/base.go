@@ -113,6 +113,7 @@ func Features(impl service.Base) (list []service.Feature) {
 		_, snap := impl.(vmm.Snapshotter)
 		_, count := impl.(vmm.Counter)
 		_, grow := impl.(vmm.DiskResizer)
+		_, vhost := impl.(vmm.VhostUserer)
 		add(disk, service.FeatureVMMHotplugDisk)
 		add(nic, service.FeatureVMMHotplugNIC)
 		add(resize, service.FeatureVMMResize)
@@ -120,6 +121,7 @@ func Features(impl service.Base) (list []service.Feature) {
 		add(count, service.FeatureVMMCounters)
 		add(backup, service.FeatureVMMBackup)
 		add(grow, service.FeatureVMMDiskResize)
+		add(vhost, service.FeatureVMMVhostUser)
 	case log.Service:
 		_, verify := impl.(log.Verifier)
 		add(verify, service.FeatureLogVerify)

@@ -10,7 +10,7 @@ import (
 // logEntryToPB is the log's hot path: one allocation for the message and one for the object ids' headers.
 func logEntryToPB(_ *Enc, v *log.Entry) *logpb.Entry {
 	m := &logpb.Entry{Id: utf8(v.ID), Level: logpb.Level(v.Level), Component: utf8(v.Component), Message: utf8(v.Message),
-		Objects: bytesOf(v.Objects), Labels: v.Labels}
+		Objects: bytesOf(v.Objects), Labels: utf8Map(v.Labels)}
 	if !v.Time.IsZero() {
 		m.TimeUnixNs = v.Time.UnixNano()
 	}

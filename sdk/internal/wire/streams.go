@@ -153,17 +153,14 @@ func (s *logServer) AppendStream(stream grpc.BidiStreamingServer[logpb.AppendReq
 		}
 		a := make(chan error, 1)
 		select {
-		case answers <- a:
+		case answers <- a: // from here on it must be answered
 		case <-ctx.Done():
+			rerr = ctx.Err()
 		}
-		if ctx.Err() != nil {
+		if rerr != nil {
 			break
 		}
-		wg.Add(1)
-		go func() {
-			defer wg.Done()
-			a <- s.impl.Append(ctx, entriesFromPB(m.GetEntries()))
-		}()
+		wg.Go(func() { a <- s.impl.Append(ctx, entriesFromPB(m.GetEntries())) })
 	}
 	wg.Wait()
 	close(answers)

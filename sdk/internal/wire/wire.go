@@ -12,6 +12,7 @@ import (
 	"os"
 	"strings"
 	"time"
+	stdutf8 "unicode/utf8"
 
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -277,6 +278,20 @@ func utf8s(list []string) []string {
 		}
 	}
 	return list
+}
+
+// utf8Map is utf8 for the keys and values of a map, which is copied only if it must be.
+func utf8Map(in map[string]string) map[string]string {
+	for k, v := range in {
+		if !stdutf8.ValidString(k) || !stdutf8.ValidString(v) {
+			out := make(map[string]string, len(in))
+			for k, v := range in {
+				out[utf8(k)] = utf8(v)
+			}
+			return out
+		}
+	}
+	return in
 }
 
 func bytesOf(list []string) [][]byte {

@@ -18,7 +18,7 @@ func logQueryToPB(e *Enc, v *log.Query) *pb.Query {
 		m.Levels = append(m.Levels, pb.Level(x))
 	}
 	m.Components = utf8s(v.Components)
-	m.Labels = v.Labels
+	m.Labels = utf8Map(v.Labels)
 	m.Contains = utf8(string(v.Contains))
 	m.IgnoreCase = v.IgnoreCase
 	m.NewestFirst = v.NewestFirst

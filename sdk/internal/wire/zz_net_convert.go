@@ -38,7 +38,7 @@ func netCreateNetworkRequestToPB(e *Enc, v *net.CreateNetworkRequest) *pb.Create
 	m.Mtu = v.MTU
 	m.Bridge = utf8(string(v.Bridge))
 	m.HostAccess = v.HostAccess
-	m.Labels = v.Labels
+	m.Labels = utf8Map(v.Labels)
 	return m
 }
 
@@ -84,7 +84,7 @@ func netNetworkToPB(e *Enc, v *net.Network) *pb.Network {
 	m.Mtu = v.MTU
 	m.Bridge = utf8(string(v.Bridge))
 	m.HostAccess = v.HostAccess
-	m.Labels = v.Labels
+	m.Labels = utf8Map(v.Labels)
 	m.CreatedAt = timeToPB(v.CreatedAt)
 	m.State = pb.State(v.State)
 	m.StateReason = utf8(string(v.StateReason))
@@ -136,7 +136,7 @@ func netCreateNICRequestToPB(e *Enc, v *net.CreateNICRequest) *pb.CreateNICReque
 	}
 	m.SecurityGroups = utf8s(v.SecurityGroups)
 	m.HostName = utf8(string(v.HostName))
-	m.Labels = v.Labels
+	m.Labels = utf8Map(v.Labels)
 	return m
 }
 
@@ -173,7 +173,7 @@ func netNICToPB(e *Enc, v *net.NIC) *pb.NIC {
 	}
 	m.SecurityGroups = utf8s(v.SecurityGroups)
 	m.HostName = utf8(string(v.HostName))
-	m.Labels = v.Labels
+	m.Labels = utf8Map(v.Labels)
 	m.CreatedAt = timeToPB(v.CreatedAt)
 	m.State = pb.State(v.State)
 	m.StateReason = utf8(string(v.StateReason))
@@ -394,7 +394,7 @@ func netCreateSecurityGroupRequestToPB(e *Enc, v *net.CreateSecurityGroupRequest
 	for i := range v.Rules {
 		m.Rules = append(m.Rules, netRuleToPB(e, &v.Rules[i]))
 	}
-	m.Labels = v.Labels
+	m.Labels = utf8Map(v.Labels)
 	return m
 }
 
@@ -438,7 +438,7 @@ func netSecurityGroupToPB(e *Enc, v *net.SecurityGroup) *pb.SecurityGroup {
 	for i := range v.Rules {
 		m.Rules = append(m.Rules, netRuleToPB(e, &v.Rules[i]))
 	}
-	m.Labels = v.Labels
+	m.Labels = utf8Map(v.Labels)
 	m.CreatedAt = timeToPB(v.CreatedAt)
 	m.NicCount = v.NICCount
 	return m

@@ -109,7 +109,7 @@ func serviceAuditRecordToPB(e *Enc, v *service.AuditRecord) *pb.AuditRecord {
 	m.Time = timeToPB(v.Time)
 	m.Message = utf8(string(v.Message))
 	m.Objects = utf8s(v.Objects)
-	m.Labels = v.Labels
+	m.Labels = utf8Map(v.Labels)
 	return m
 }
 
@@ -130,7 +130,7 @@ func serviceEventToPB(e *Enc, v *service.Event) *pb.Event {
 	m.Time = timeToPB(v.Time)
 	m.Type = utf8(string(v.Type))
 	m.Objects = utf8s(v.Objects)
-	m.Labels = v.Labels
+	m.Labels = utf8Map(v.Labels)
 	return m
 }
 

@@ -33,7 +33,7 @@ func storageVolumeToPB(e *Enc, v *storage.Volume) *pb.Volume {
 	m.CreatedAt = timeToPB(v.CreatedAt)
 	m.State = pb.State(v.State)
 	m.StateReason = utf8(string(v.StateReason))
-	m.Labels = v.Labels
+	m.Labels = utf8Map(v.Labels)
 	for i := range v.Attachments {
 		m.Attachments = append(m.Attachments, storageAttachmentInfoToPB(e, &v.Attachments[i]))
 	}
@@ -92,7 +92,7 @@ func storageCreateVolumeRequestToPB(e *Enc, v *storage.CreateVolumeRequest) *pb.
 	m.FromSnapshot = utf8(string(v.FromSnapshot))
 	m.FromVolume = utf8(string(v.FromVolume))
 	m.BlockSize = v.BlockSize
-	m.Labels = v.Labels
+	m.Labels = utf8Map(v.Labels)
 	return m
 }
 
@@ -226,7 +226,7 @@ func storageSnapshotToPB(e *Enc, v *storage.Snapshot) *pb.Snapshot {
 	m.SizeBytes = v.SizeBytes
 	m.UsedBytes = v.UsedBytes
 	m.CreatedAt = timeToPB(v.CreatedAt)
-	m.Labels = v.Labels
+	m.Labels = utf8Map(v.Labels)
 	return m
 }
 
@@ -250,7 +250,7 @@ func storageCreateSnapshotRequestToPB(e *Enc, v *storage.CreateSnapshotRequest) 
 	m.Id = utf8(string(v.ID))
 	m.VolumeId = utf8(string(v.VolumeID))
 	m.Name = utf8(string(v.Name))
-	m.Labels = v.Labels
+	m.Labels = utf8Map(v.Labels)
 	return m
 }
 
@@ -303,7 +303,7 @@ func storageImportRequestToPB(e *Enc, v *storage.ImportRequest) *pb.ImportReques
 	m.FileName = utf8(string(v.FileName))
 	m.Url = utf8(string(v.URL))
 	m.Checksum = utf8(string(v.Checksum))
-	m.Labels = v.Labels
+	m.Labels = utf8Map(v.Labels)
 	return m
 }
 
@@ -369,7 +369,7 @@ func storageTemplateToPB(e *Enc, v *storage.Template) *pb.Template {
 	m.CreatedAt = timeToPB(v.CreatedAt)
 	m.State = pb.State(v.State)
 	m.StateReason = utf8(string(v.StateReason))
-	m.Labels = v.Labels
+	m.Labels = utf8Map(v.Labels)
 	m.CloneCount = v.CloneCount
 	return m
 }
@@ -398,7 +398,7 @@ func storageCreateTemplateRequestToPB(e *Enc, v *storage.CreateTemplateRequest) 
 	m.Id = utf8(string(v.ID))
 	m.Name = utf8(string(v.Name))
 	m.SnapshotId = utf8(string(v.SnapshotID))
-	m.Labels = v.Labels
+	m.Labels = utf8Map(v.Labels)
 	return m
 }
 

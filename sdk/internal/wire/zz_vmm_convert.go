@@ -39,7 +39,7 @@ func vmmSpecToPB(e *Enc, v *vmm.Spec) *pb.Spec {
 	m.Autostart = v.Autostart
 	m.Nested = v.Nested
 	m.HugePages = v.HugePages
-	m.Labels = v.Labels
+	m.Labels = utf8Map(v.Labels)
 	return m
 }
 

@@ -71,6 +71,8 @@ func (m *model) toField(p func(string, ...any), f field) {
 		p("\tm.%s = e.token(v.%s...)", g, f.name)
 	case f.typ.base == "*os.File":
 		p("\tm.%s = e.token(v.%s)", g, f.name)
+	case f.typ.mapOf == "string":
+		p("\tm.%s = utf8Map(v.%s)", g, f.name)
 	case f.typ.mapOf != "":
 		p("\tm.%s = v.%s", g, f.name)
 	case msg && f.typ.slice:

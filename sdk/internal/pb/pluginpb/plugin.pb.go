@@ -58,6 +58,7 @@ const (
 	Feature_FEATURE_VMM_COUNTERS     Feature = 305 // vmm.Counter
 	Feature_FEATURE_VMM_BACKUP       Feature = 306 // vmm.Backuper
 	Feature_FEATURE_VMM_DISK_RESIZE  Feature = 307 // vmm.DiskResizer: tell the guest that a disk has grown
+	Feature_FEATURE_VMM_VHOST_USER   Feature = 308 // vmm.VhostUserer: NICs by vhost-user socket
 	Feature_FEATURE_LOG_VERIFY       Feature = 401 // log.Verifier: audit chain
 	Feature_FEATURE_LOG_BACKUP       Feature = 402 // log.Backuper
 )
@@ -81,6 +82,7 @@ var (
 		305: "FEATURE_VMM_COUNTERS",
 		306: "FEATURE_VMM_BACKUP",
 		307: "FEATURE_VMM_DISK_RESIZE",
+		308: "FEATURE_VMM_VHOST_USER",
 		401: "FEATURE_LOG_VERIFY",
 		402: "FEATURE_LOG_BACKUP",
 	}
@@ -101,6 +103,7 @@ var (
 		"FEATURE_VMM_COUNTERS":     305,
 		"FEATURE_VMM_BACKUP":       306,
 		"FEATURE_VMM_DISK_RESIZE":  307,
+		"FEATURE_VMM_VHOST_USER":   308,
 		"FEATURE_LOG_VERIFY":       401,
 		"FEATURE_LOG_BACKUP":       402,
 	}
@@ -280,6 +283,8 @@ type ErrorDetail struct {
 	Message       string                 `protobuf:"bytes,8,opt,name=message,proto3" json:"message,omitempty"`
 	Remedy        string                 `protobuf:"bytes,9,opt,name=remedy,proto3" json:"remedy,omitempty"`
 	Causes        []*ErrorDetail         `protobuf:"bytes,10,rep,name=causes,proto3" json:"causes,omitempty"`
+	Errno         uint32                 `protobuf:"varint,11,opt,name=errno,proto3" json:"errno,omitempty"`      // of a failed system call (Linux, generic numbers), or 0
+	Sentinel      string                 `protobuf:"bytes,12,opt,name=sentinel,proto3" json:"sentinel,omitempty"` // a well-known error of Go's standard library: "context.Canceled", "io.EOF", or ""
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -382,6 +387,20 @@ func (x *ErrorDetail) GetCauses() []*ErrorDetail {
 		return x.Causes
 	}
 	return nil
+}
+
+func (x *ErrorDetail) GetErrno() uint32 {
+	if x != nil {
+		return x.Errno
+	}
+	return 0
+}
+
+func (x *ErrorDetail) GetSentinel() string {
+	if x != nil {
+		return x.Sentinel
+	}
+	return ""
 }
 
 // Info says what a plugin is.
@@ -968,7 +987,7 @@ const file_mvirt_plugin_v1_plugin_proto_rawDesc = "" +
 	"\x1cmvirt/plugin/v1/plugin.proto\x12\x0fmvirt.plugin.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\a\n" +
 	"\x05Empty\"\x1b\n" +
 	"\x05Chunk\x12\x12\n" +
-	"\x04data\x18\x01 \x01(\fR\x04data\"\xb2\x02\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"\xe4\x02\n" +
 	"\vErrorDetail\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\rR\x04kind\x12\x0e\n" +
 	"\x02op\x18\x02 \x01(\tR\x02op\x12#\n" +
@@ -981,7 +1000,9 @@ const file_mvirt_plugin_v1_plugin_proto_rawDesc = "" +
 	"\amessage\x18\b \x01(\tR\amessage\x12\x16\n" +
 	"\x06remedy\x18\t \x01(\tR\x06remedy\x124\n" +
 	"\x06causes\x18\n" +
-	" \x03(\v2\x1c.mvirt.plugin.v1.ErrorDetailR\x06causes\"\xc7\x02\n" +
+	" \x03(\v2\x1c.mvirt.plugin.v1.ErrorDetailR\x06causes\x12\x14\n" +
+	"\x05errno\x18\v \x01(\rR\x05errno\x12\x1a\n" +
+	"\bsentinel\x18\f \x01(\tR\bsentinel\"\xc7\x02\n" +
 	"\x04Info\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
@@ -1033,7 +1054,7 @@ const file_mvirt_plugin_v1_plugin_proto_rawDesc = "" +
 	"\bProgress\x12\x14\n" +
 	"\x05phase\x18\x01 \x01(\tR\x05phase\x12\x12\n" +
 	"\x04done\x18\x02 \x01(\x04R\x04done\x12\x14\n" +
-	"\x05total\x18\x03 \x01(\x04R\x05total*\xea\x03\n" +
+	"\x05total\x18\x03 \x01(\x04R\x05total*\x87\x04\n" +
 	"\aFeature\x12\x17\n" +
 	"\x13FEATURE_UNSPECIFIED\x10\x00\x12\x1a\n" +
 	"\x16FEATURE_STORAGE_BACKUP\x10e\x12\x1b\n" +
@@ -1050,7 +1071,8 @@ const file_mvirt_plugin_v1_plugin_proto_rawDesc = "" +
 	"\x14FEATURE_VMM_SNAPSHOT\x10\xb0\x02\x12\x19\n" +
 	"\x14FEATURE_VMM_COUNTERS\x10\xb1\x02\x12\x17\n" +
 	"\x12FEATURE_VMM_BACKUP\x10\xb2\x02\x12\x1c\n" +
-	"\x17FEATURE_VMM_DISK_RESIZE\x10\xb3\x02\x12\x17\n" +
+	"\x17FEATURE_VMM_DISK_RESIZE\x10\xb3\x02\x12\x1b\n" +
+	"\x16FEATURE_VMM_VHOST_USER\x10\xb4\x02\x12\x17\n" +
 	"\x12FEATURE_LOG_VERIFY\x10\x91\x03\x12\x17\n" +
 	"\x12FEATURE_LOG_BACKUP\x10\x92\x03*d\n" +
 	"\bSeverity\x12\x18\n" +
