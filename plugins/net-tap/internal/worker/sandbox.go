@@ -3,8 +3,8 @@ package worker
 import (
 	"errors"
 	"fmt"
+	"os"
 	"strings"
-	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -13,14 +13,14 @@ import (
 // confine gives up, for good and for all threads, what the worker does not need: new privileges, the file
 // system, and the system calls above. It says what it did.
 func confine() (string, error) {
+	if err := dropCaps(); err != nil {
+		return "", fmt.Errorf("capabilities: %w", err)
+	}
 	var did []string
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return "", fmt.Errorf("no_new_privs: %w", err)
 	}
 	did = append(did, "no_new_privs")
-	if err := dropCaps(); err != nil {
-		return "", fmt.Errorf("capabilities: %w", err)
-	}
 	if err := seccomp(); err != nil {
 		return "", fmt.Errorf("seccomp: %w", err)
 	}
@@ -29,20 +29,29 @@ func confine() (string, error) {
 	return strings.Join(did, " "), nil
 }
 
-// dropCaps gives up all capabilities, on all threads: a control plane that is not root may have passed
-// ambient ones on.
+// dropCaps gives up all capabilities: a control plane that is not root may have passed ambient ones on.
+// Capabilities are a thread's, so the one that gives them up begins the program anew.
 func dropCaps() error {
-	_, _, errno := syscall.AllThreadsSyscall6(unix.SYS_PRCTL, unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0, 0)
-	if errno != 0 {
-		return errno
-	}
 	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var none [2]unix.CapUserData
-	_, _, errno = syscall.AllThreadsSyscall(unix.SYS_CAPSET, uintptr(unsafe.Pointer(&hdr)), uintptr(unsafe.Pointer(&none[0])), 0)
-	if errno != 0 {
-		return errno
+	var caps [2]unix.CapUserData
+	if err := unix.Capget(&hdr, &caps[0]); err != nil {
+		return err
 	}
-	return nil
+	if caps[0].Permitted|caps[1].Permitted == 0 {
+		return nil
+	}
+	const again = "MVIRT_WORKER_DROPPED"
+	if os.Getenv(again) != "" {
+		return errors.New("they come back at exec: the worker must not run as root")
+	}
+	if err := unix.Prctl(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0); err != nil {
+		return err
+	}
+	caps = [2]unix.CapUserData{}
+	if err := unix.Capset(&hdr, &caps[0]); err != nil {
+		return err
+	}
+	return unix.Exec("/proc/self/exe", os.Args, append(os.Environ(), again+"=1"))
 }
 
 // BPF return values (linux/seccomp.h) and offsets in struct seccomp_data.

@@ -15,6 +15,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -47,6 +48,7 @@ func Main(args []string) int {
 	}
 	// Little memory is live and none is made per packet: collect often rather than grow.
 	debug.SetGCPercent(20)
+	time.Sleep(1)          // makes the runtime open its own descriptors now
 	runtime.LockOSThread() // no_new_privs and the filter are set by one thread for all
 	sandbox, err := confine()
 	runtime.UnlockOSThread()
