@@ -201,7 +201,10 @@ func encode(err error, depth int) *pluginpb.ErrorDetail {
 	}
 	d := &pluginpb.ErrorDetail{Kind: uint32(e.Kind), Op: text(e.Op), ResourceType: text(e.Resource.Type), ResourceId: text(e.Resource.ID),
 		ResourceName: text(e.Resource.Name), Field: text(e.Field), Reason: text(e.Reason), Message: text(e.Message), Remedy: text(e.Remedy)}
-	if e.Err != nil && depth < maxDepth {
+	switch {
+	case depth >= maxDepth: // what follows is cut off, but not what it said of the kind
+		d.Kind = uint32(errs.KindOf(err))
+	case e.Err != nil:
 		d.Causes = []*pluginpb.ErrorDetail{encode(e.Err, depth+1)}
 	}
 	return d
@@ -237,6 +240,9 @@ func decode(d *pluginpb.ErrorDetail, depth int) error {
 		}
 	}
 	if len(causes) == 0 {
+		if e.Kind == errs.Unknown && *e == (errs.Error{Message: e.Message}) {
+			return &said{text: e.Message} // an error nobody classified must not hide one beside it from errs.KindOf
+		}
 		return e
 	}
 	if d.GetOp() == "" && d.GetField() == "" && strings.Contains(d.GetMessage(), causes[0].Error()) {

@@ -33,11 +33,13 @@ func run(proto string) error {
 		fmt.Print(m.proto())
 		return nil
 	}
+	var models []*model
 	for _, pkg := range []string{"service", "storage", "net", "vmm", "log"} {
 		m, err := load(filepath.Join("sdk", pkg))
 		if err != nil {
 			return err
 		}
+		models = append(models, m)
 		if err := write("zz_"+pkg+"_convert.go", m.convert()); err != nil {
 			return err
 		}
@@ -48,7 +50,7 @@ func run(proto string) error {
 			return err
 		}
 	}
-	return nil
+	return write("zz_pairs_test.go", pairs(models))
 }
 
 func write(name, text string) error {
