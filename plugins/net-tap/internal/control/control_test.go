@@ -7,14 +7,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
-	"golang.org/x/sys/unix"
-
 	"github.com/mvirt/mvirt/plugins/net-tap/internal/testguest"
+	"github.com/mvirt/mvirt/plugins/net-tap/internal/testns"
 	"github.com/mvirt/mvirt/plugins/net-tap/internal/wire"
 	"github.com/mvirt/mvirt/plugins/net-tap/internal/worker"
 	"github.com/mvirt/mvirt/sdk/ident"
@@ -22,52 +20,15 @@ import (
 	"github.com/mvirt/mvirt/sdk/service"
 )
 
-// inside is set in the process that has namespaces of its own.
-const inside = "MVIRT_NET_TEST_INSIDE"
-
 // plain is set in the process that is an ordinary user, to its directory.
 const plain = "MVIRT_NET_TEST_PLAIN"
 
-// TestMain runs the tests in a mount and network namespace of their own, which play the host: the machine's
-// own network is never touched. The test binary is the packet worker, too.
+// TestMain runs the tests on a host of their own. The test binary is the packet worker, too.
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == worker.Name {
 		os.Exit(worker.Main(os.Args[2:]))
 	}
-	if os.Geteuid() != 0 || os.Getenv(inside) != "" {
-		if os.Getenv(inside) != "" && os.Getenv(plain) == "" {
-			if err := playHost(); err != nil {
-				fmt.Fprintln(os.Stderr, "namespaces for the tests:", err)
-				os.Exit(1)
-			}
-		}
-		os.Exit(m.Run())
-	}
-	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
-	cmd.Env = append(os.Environ(), inside+"=1")
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS}
-	if err := cmd.Run(); err != nil {
-		if e, ok := err.(*exec.ExitError); ok {
-			os.Exit(e.ExitCode())
-		}
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
-}
-
-func playHost() error {
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return err
-	}
-	if err := unix.Mount("tmpfs", "/run", "tmpfs", 0, ""); err != nil {
-		return err
-	}
-	// sysfs shows the interfaces of the namespace in which it was mounted.
-	if err := unix.Mount("sysfs", "/sys", "sysfs", 0, ""); err != nil {
-		return err
-	}
-	return sh("ip link set lo up")
+	os.Exit(testns.Run(os.Getenv(plain) != "", m.Run))
 }
 
 func sh(format string, args ...any) error {
