@@ -28,7 +28,7 @@ type Process struct {
 	// Our ends of its pipes; the caller's to close. Closing Lifeline asks the plugin to end.
 	Stdout, Stderr, Lifeline *os.File
 	Signal                   func(syscall.Signal) error
-	// Gone is closed when the process has ended; Exit is valid from then on.
+	// Gone is closed when the process has ended and another of its kind may be started; Exit is valid from then on.
 	Gone <-chan struct{}
 	Exit func() Exit
 }
@@ -41,7 +41,7 @@ type Local struct {
 
 // NewLocal makes the directories that root would make, takes the state directory's lock and returns a
 // spawner. env is what the handshake adds to a plugin's environment.
-func NewLocal(cfg *config.Config, env func(launchDir string) []string) (*Local, error) {
+func NewLocal(cfg *config.Config, env Environment) (*Local, error) {
 	t, err := newTable(cfg, false, systemAccounts())
 	if err != nil {
 		return nil, err
@@ -77,12 +77,12 @@ func (l *Local) Spawn(_ context.Context, kind service.Kind) (*Process, error) {
 		return nil, err
 	}
 	go func() {
-		<-la.child.gone
+		<-la.ended
 		la.child.close()
 	}()
 	return &Process{PID: la.child.pid, UID: la.uid, Dir: la.dir, Stdout: la.stdout, Stderr: la.stderr, Lifeline: la.lifeline,
 		Signal: func(s unix.Signal) error { la.child.signal(s); return nil },
-		Gone:   la.child.gone, Exit: func() Exit { return la.child.exit }}, nil
+		Gone:   la.ended, Exit: func() Exit { return la.child.exit }}, nil
 }
 
 // Close kills what still runs, removes the launch directories and gives the lock back.

@@ -33,7 +33,7 @@ const (
 type RootOptions struct {
 	Config   *config.Config
 	Text     []byte // the configuration as read; the core gets exactly this
-	Env      func(launchDir string) []string
+	Env      Environment
 	Log      *slog.Logger
 	Ready    func()                 // the API is served; called once for each core
 	Stopping func()                 // an orderly stop has begun
@@ -182,6 +182,7 @@ func (r *root) serveCore(sigs <-chan os.Signal) (exit Exit, stopped bool, err er
 	defer core.close()
 	r.o.Log.Debug("the core is started", "pid", core.pid, "uid", r.table.core.UID)
 
+	r.st.serveHost(core.pid)
 	c := conn{ours}
 	ended := make(chan error, 1)
 	go func() { ended <- r.serve(c) }()
@@ -294,7 +295,7 @@ func (r *root) startPlugin(c conn, seq uint32, kind service.Kind) {
 		l.child.signal(unix.SIGKILL)
 	}
 	r.starting.Done()
-	<-l.child.gone
+	<-l.ended
 	e := l.child.exit
 	_ = c.send(&message{Type: msgExited, Launch: l.id, Code: uint32(e.Code), Signal: uint8(e.Signal), At: e.At.UnixNano()})
 	l.child.close()

@@ -217,7 +217,7 @@ func TestRootIdentities(t *testing.T) {
 			}
 		}
 	}
-	if slices.Contains(storage.Env, "SUDO_USER") || len(storage.Env) != 6 {
+	if slices.Contains(storage.Env, "SUDO_USER") || len(storage.Env) != 7 || !slices.Contains(storage.Env, fmt.Sprintf("HOST=4100/%d", core.PID)) {
 		t.Errorf("environment %q", storage.Env)
 	}
 

@@ -35,7 +35,9 @@ func selfCopy(t *testing.T) (dir, bin string) {
 	return dir, bin
 }
 
-func testEnv(dir string) []string { return []string{"HANDSHAKE=" + dir, "TEST_LAUNCH_DIR=" + dir} }
+func testEnv(dir string, uid uint32, pid int) []string {
+	return []string{"HANDSHAKE=" + dir, "TEST_LAUNCH_DIR=" + dir, fmt.Sprintf("HOST=%d/%d", uid, pid)}
+}
 
 func parse(t *testing.T, text string) *config.Config {
 	t.Helper()
@@ -93,7 +95,7 @@ func TestLocalStart(t *testing.T) {
 		t.Errorf("arguments %q", r.Args)
 	}
 	wantEnv := []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", "HOME=" + dir + "/data",
-		"FOO=bar", "HANDSHAKE=" + p.Dir, "TEST_LAUNCH_DIR=" + p.Dir}
+		"FOO=bar", "HANDSHAKE=" + p.Dir, "TEST_LAUNCH_DIR=" + p.Dir, fmt.Sprintf("HOST=%d/%d", os.Getuid(), os.Getpid())}
 	if !slices.Equal(r.Env, wantEnv) {
 		t.Errorf("environment %q\nwant        %q", r.Env, wantEnv)
 	}

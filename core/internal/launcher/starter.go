@@ -21,12 +21,24 @@ type starter struct {
 	table *table
 	dirs  *launchDirs
 	cg    *cgroups
-	env   func(launchDir string) []string // what the handshake needs, on top of the plugin's own
+	env   Environment
 
 	mu      sync.Mutex
+	hostPID int // the process that plugins shall let in: the core
 	next    uint32
 	running map[service.Kind]*launch // also while being started
 	removal sync.WaitGroup
+}
+
+// Environment is what the handshake adds to a plugin's own environment: where its launch directory is, and
+// which process may talk to it.
+type Environment func(launchDir string, hostUID uint32, hostPID int) []string
+
+// serveHost says which process plugins started from now on shall let in.
+func (s *starter) serveHost(pid int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.hostPID = pid
 }
 
 // launch is one run of a plugin.
@@ -36,19 +48,20 @@ type launch struct {
 	uid      uint32
 	name     string // of its directory
 	dir      string
-	child    *child   // nil while being started
-	stdout   *os.File // our ends
+	child    *child        // nil while being started
+	ended    chan struct{} // closed when the process is gone, its directory removed, and its kind free again
+	stdout   *os.File      // our ends
 	stderr   *os.File
 	lifeline *os.File
 }
 
-func newStarter(t *table, runDir string, cg *cgroups, env func(string) []string) (*starter, error) {
+func newStarter(t *table, runDir string, cg *cgroups, env Environment) (*starter, error) {
 	self := identity{UID: uint32(os.Geteuid()), GID: uint32(os.Getegid())}
 	dirs, err := openLaunchDirs(runDir, t.trust, self)
 	if err != nil {
 		return nil, err
 	}
-	return &starter{table: t, dirs: dirs, cg: cg, env: env, running: map[service.Kind]*launch{}}, nil
+	return &starter{table: t, dirs: dirs, cg: cg, env: env, hostPID: os.Getpid(), running: map[service.Kind]*launch{}}, nil
 }
 
 // pluginUmask lets the core's group, which the launch directory gives by its set-group-id bit, use sockets.
@@ -60,7 +73,7 @@ func (s *starter) start(kind service.Kind) (*launch, error) {
 	if sp == nil {
 		return nil, errs.New(errs.Precondition, "the configuration has no %s plugin to start", kind)
 	}
-	l := &launch{kind: kind, uid: sp.id.UID}
+	l := &launch{kind: kind, uid: sp.id.UID, ended: make(chan struct{})}
 	s.mu.Lock()
 	if s.running[kind] != nil {
 		s.mu.Unlock()
@@ -82,11 +95,12 @@ func (s *starter) start(kind service.Kind) (*launch, error) {
 	}
 	s.removal.Go(func() {
 		<-l.child.gone
+		_ = s.dirs.remove(l.name)
+		_ = s.dirs.remove(l.name + recordSuffix)
 		s.mu.Lock()
 		delete(s.running, kind)
 		s.mu.Unlock()
-		_ = s.dirs.remove(l.name)
-		_ = s.dirs.remove(l.name + recordSuffix)
+		close(l.ended)
 	})
 	return l, nil
 }
@@ -125,10 +139,13 @@ func (s *starter) startLaunch(l *launch, sp *spec) (err error) {
 	if cg != nil {
 		defer cg.Close()
 	}
+	s.mu.Lock()
+	hostPID := s.hostPID
+	s.mu.Unlock()
 	c, err := start(program{
 		binary: binary, stdout: theirs[0], stderr: theirs[1], keep: []*os.File{theirs[2]}, cgroup: cg,
 		shim: shimSpec{
-			Argv: append([]string{sp.command}, sp.args...), Env: append(append([]string(nil), sp.env...), s.env(l.dir)...),
+			Argv: append([]string{sp.command}, sp.args...), Env: append(append([]string(nil), sp.env...), s.env(l.dir, s.table.core.UID, hostPID)...),
 			Script: isScript(binary), Switch: s.table.root, UID: sp.id.UID, GID: sp.id.GID, Groups: sp.id.Groups,
 			Caps: sp.caps, NoFile: sp.nofile, Umask: pluginUmask,
 		},

@@ -8,15 +8,11 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
-
 	"github.com/mvirt/mvirt/core/internal/health"
 	"github.com/mvirt/mvirt/sdk/errs"
 	"github.com/mvirt/mvirt/sdk/log"
 	"github.com/mvirt/mvirt/sdk/service"
 )
-
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // fakePlugins launches fake instances and lets a test decide what happens to them.
 type fakePlugins struct {
