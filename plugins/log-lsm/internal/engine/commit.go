@@ -88,6 +88,13 @@ func (s *Store) Append(ctx context.Context, entries []log.Entry) error {
 		return err
 	case <-ctx.Done():
 		return ctx.Err()
+	case <-s.stopped:
+		select {
+		case err := <-r.done:
+			return err
+		default:
+			return errClosed()
+		}
 	case <-s.full.signal():
 		// What was begun may still be finished when there is space; a repeat is recognised by its ids.
 		return s.noSpace()
@@ -322,6 +329,7 @@ func (s *Store) kickSealer() {
 // syncLoop waits for the disk and answers.
 func (s *Store) syncLoop() {
 	defer s.wg.Done()
+	defer close(s.stopped)
 	for g := range s.synced {
 		if g.batch != nil {
 			if err := guard(g.batch.SyncWait); err != nil {

@@ -29,6 +29,7 @@ type cursor struct {
 	some     bool
 	after    *position // only what is behind it in the direction of the walk
 	minOrder uint64    // only what arrived at this number or later
+	maxOrder uint64    // and, when not 0, before this one
 	arrived  []uint32  // only these arrival numbers within the segment, ascending, when not nil
 	match    *matcher
 
@@ -179,8 +180,10 @@ func (c *cursor) next() bool {
 			}
 			continue
 		}
-		if c.minOrder > c.seg.first && c.seg.first+uint64(c.blk.Order(c.at)) < c.minOrder {
-			continue
+		if c.minOrder > c.seg.first || c.maxOrder != 0 && c.maxOrder < c.seg.end() {
+			if n := c.seg.first + uint64(c.blk.Order(c.at)); n < c.minOrder || c.maxOrder != 0 && n >= c.maxOrder {
+				continue
+			}
 		}
 		if c.arrived != nil {
 			if _, ok := slices.BinarySearch(c.arrived, uint32(c.blk.Order(c.at))); !ok {

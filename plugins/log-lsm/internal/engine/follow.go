@@ -96,7 +96,7 @@ func (q *query) round(f *follower) (more bool, err error) {
 			if err := v.Parse(row, &r); err != nil {
 				continue
 			}
-			q.add(log.Result{Entry: r.Entry(), PageToken: token(v.Times[row], v.ID(row), &f.pos)})
+			q.add(log.Result{Entry: r.Entry(), PageToken: token(v.Times[row], v.ID(row), &place{from: f.pos, open: true})})
 			if q.left == 0 {
 				return false, q.flush()
 			}
@@ -111,14 +111,15 @@ func (q *query) round(f *follower) (more bool, err error) {
 // catchUp reads from disk what was packed before it could be fetched.
 func (q *query) catchUp(f *follower, sn *snapshot, missed uint64) error {
 	q.batch = append(q.batch, log.Result{Missed: missed})
-	from := f.pos
+	part := place{from: f.pos}
 	for l := range f.pos {
 		f.pos[l] = max(f.pos[l], sn.mem[l])
 	}
+	part.upto = f.pos
 	sn.views = nil
 	// The index may know the objects only now.
 	clear(q.index)
-	if err := q.merge(sn, &from); err != nil {
+	if err := q.merge(sn, &part); err != nil {
 		return err
 	}
 	if err := q.flush(); err != nil {

@@ -308,6 +308,7 @@ func TestMetamorphic(t *testing.T) {
 					compare(t, q, ask(t, s, q), m.query(q, &r.Entry))
 				}
 			default:
+				checkClean(t, s)
 				mustClose(t, s)
 				if k == 19 {
 					o.SegmentRows = []int{1, 7, 128, 129, 500, 5000}[rng.IntN(6)]
@@ -319,6 +320,10 @@ func TestMetamorphic(t *testing.T) {
 		st, err := s.Stats(context.Background())
 		if err != nil || st.Entries != uint64(len(m.entries)) {
 			t.Fatalf("round %d: %d entries, want %d, %v", round, st.Entries, len(m.entries), err)
+		}
+		checkClean(t, s)
+		if rep, err := s.Verify(context.Background(), log.VerifyRequest{}); err != nil || len(rep.Breaks) > 0 || rep.Checked != st.ByLevel["audit"] {
+			t.Fatalf("chain: %+v, %v", rep, err)
 		}
 		mustClose(t, s)
 	}

@@ -5,12 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/bloom"
 	"github.com/cockroachdb/pebble/v2/sstable/block"
+	"github.com/cockroachdb/pebble/v2/vfs"
 
 	"github.com/mvirt/mvirt/plugins/log-lsm/internal/dict"
 	"github.com/mvirt/mvirt/plugins/log-lsm/internal/head"
@@ -46,6 +49,7 @@ func (s *Store) pebbleOptions() *pebble.Options {
 		MaxOpenFiles:                512,
 		FormatMajorVersion:          pebble.FormatNewest,
 		EventListener:               s.listener(),
+		ReadOnly:                    s.opt.ReadOnly,
 	}
 	for i := range o.Levels {
 		l := &o.Levels[i]
@@ -66,7 +70,7 @@ func (s *Store) pebbleOptions() *pebble.Options {
 func Open(opt Options) (*Store, error) {
 	opt.defaults()
 	s := &Store{opt: opt, log: opt.Log, seed: maphash.MakeSeed(), reqs: make(chan *request, 1024), synced: make(chan *group, 8),
-		done: make(chan struct{}), fsDone: make(chan struct{}), sealing: make(chan struct{}, 1), follows: map[*follower]struct{}{}}
+		done: make(chan struct{}), stopped: make(chan struct{}), fsDone: make(chan struct{}), sealing: make(chan struct{}, 1), follows: map[*follower]struct{}{}}
 	s.roomy = sync.NewCond(&s.mu)
 	s.conds.now = opt.Now
 	s.fs = steadyfs.New(opt.FS, 100*time.Millisecond, s.fsDone, s.diskFull)
@@ -74,7 +78,10 @@ func Open(opt Options) (*Store, error) {
 		return nil, errs.Wrap(errs.Unknown, err, "make the data directory")
 	}
 	s.cache = pebble.NewCache(opt.CacheSize)
-	err := guard(func() (err error) { s.db, err = pebble.Open(opt.Dir, s.pebbleOptions()); return err })
+	err := s.prepareDir()
+	if err == nil {
+		err = guard(func() (err error) { s.db, err = pebble.Open(s.dir, s.pebbleOptions()); return err })
+	}
 	if err == nil {
 		if err = s.load(); err != nil {
 			_ = guard(s.db.Close)
@@ -82,7 +89,14 @@ func Open(opt Options) (*Store, error) {
 	}
 	if err != nil {
 		s.cache.Unref()
+		if s.lock != nil {
+			_ = s.lock.Close()
+		}
 		return nil, openError(opt.Dir, err)
+	}
+	if opt.ReadOnly {
+		close(s.stopped)
+		return s, nil
 	}
 	s.checkSpace()
 	s.wg.Add(4)
@@ -92,6 +106,62 @@ func Open(opt Options) (*Store, error) {
 	go s.careLoop()
 	s.kickSealer()
 	return s, nil
+}
+
+// Names in the data directory.
+const (
+	lockName   = "LOCK"      // held while a store is open
+	storeDir   = "store"     // Pebble's
+	readyDir   = "store.new" // a restored store, complete, that takes the place of the other
+	restoreDir = ".restore"  // a restored store, incomplete
+	backupDir  = ".backup"   // + number: a copy that is being streamed
+)
+
+// prepareDir takes the lock, finishes a restore and removes what a crash has left.
+func (s *Store) prepareDir() error {
+	fs, dir := s.opt.FS, s.opt.Dir
+	var err error
+	if s.lock, err = fs.Lock(fs.PathJoin(dir, lockName)); err != nil {
+		return errs.Wrap(errs.Conflict, err, "another process has the log in %s open", dir)
+	}
+	s.dir = fs.PathJoin(dir, storeDir)
+	if s.opt.ReadOnly {
+		return nil
+	}
+	names, err := fs.List(dir)
+	if err != nil {
+		return err
+	}
+	for _, n := range names {
+		if n == restoreDir || strings.HasPrefix(n, backupDir) {
+			if err := fs.RemoveAll(fs.PathJoin(dir, n)); err != nil {
+				return err
+			}
+		}
+	}
+	if slices.Contains(names, readyDir) {
+		return install(fs, dir)
+	}
+	return nil
+}
+
+// install puts a restored store in its place.
+func install(fs vfs.FS, dir string) error {
+	if err := fs.RemoveAll(fs.PathJoin(dir, storeDir)); err != nil {
+		return err
+	}
+	if err := fs.Rename(fs.PathJoin(dir, readyDir), fs.PathJoin(dir, storeDir)); err != nil {
+		return err
+	}
+	return syncDir(fs, dir)
+}
+
+func syncDir(fs vfs.FS, dir string) error {
+	d, err := fs.OpenDir(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
 }
 
 func openError(dir string, err error) error {
@@ -137,7 +207,27 @@ func (s *Store) load() error {
 			return err
 		}
 	}
+	s.joinChain()
 	return nil
+}
+
+// joinChain compares the recorded end of the audit chain with the entries. When entries are missing their
+// numbers stay free, so that a verification says so for ever; the chain goes on from its recorded end.
+func (s *Store) joinChain() {
+	h := s.active[auditLevel]
+	next := h.First + uint64(h.Len())
+	switch {
+	case s.chain.n > next:
+		s.conds.set(condCorrupt, auditLevel, fmt.Sprintf("the newest %d audit entries, from number %d on, are gone", s.chain.n-next, next))
+		s.freeze(auditLevel, s.chain.n)
+	case s.chain.n < next:
+		s.conds.set(condCorrupt, auditLevel, "the recorded end of the audit chain is not that of the newest entry")
+		s.chain.n = next
+		if v := h.All(); v.Len() > 0 {
+			_, tail := v.Rec(v.Len() - 1)
+			copy(s.chain.hash[:], tail)
+		}
+	}
 }
 
 // misc reads one value of the Misc key space; nil when it is not there.
@@ -166,6 +256,9 @@ func (s *Store) checkFormat() error {
 		empty := !it.First()
 		if err := it.Close(); err != nil {
 			return err
+		}
+		if s.opt.ReadOnly {
+			return errs.New(errs.NotFound, "%s holds no log", s.opt.Dir).Do("give the --data-dir of the log plugin")
 		}
 		if !empty {
 			return errs.New(errs.Corrupt, "%s holds a store that is not a log", s.opt.Dir).Do("give another --data-dir")

@@ -37,7 +37,8 @@ type query struct {
 	lo, hi int64
 	levels [levels]bool
 	after  *position
-	vector *[levels]uint64 // where a follower left off
+	place  *place // where a follower left off
+	part   *place // what is being merged, for the tokens of a follower
 	match  *matcher
 	objs   []wanted
 	left   uint64 // of the limit
@@ -242,20 +243,44 @@ func (q *query) history(f *follower) error {
 	if f != nil {
 		f.pos = sn.next
 	}
-	if q.vector != nil && f != nil {
-		for l := range q.vector {
-			if q.vector[l] > sn.next[l] {
+	if f == nil {
+		return q.merge(&sn, nil)
+	}
+	parts := []place{{upto: sn.next}}
+	if p := q.place; p != nil {
+		for l := range p.from {
+			if p.from[l] > sn.next[l] || p.upto[l] > sn.next[l] {
 				return errs.New(errs.OutOfRange, "the page token is of another store, or of entries that were lost").Do("begin without page_token")
 			}
 		}
-		q.after = nil
-		return q.merge(&sn, q.vector)
+		if p.open {
+			q.after = nil
+			parts = []place{{from: p.from, upto: sn.next}}
+		} else {
+			parts = []place{*p, {from: p.upto, upto: sn.next}}
+		}
 	}
-	return q.merge(&sn, nil)
+	for i := range parts {
+		if err := q.merge(&sn, &parts[i]); err != nil {
+			return err
+		}
+		q.after = nil
+	}
+	return nil
 }
 
-// merge walks a snapshot in order. from, if given, leaves out what arrived earlier.
-func (q *query) merge(sn *snapshot, from *[levels]uint64) error {
+// place is where a follower stands, in arrival numbers by level: between from and upto it has seen what is up
+// to the position of the token, and nothing of what came later; open says that upto is now and that it has
+// seen nothing behind from.
+type place struct {
+	from, upto [levels]uint64
+	open       bool
+}
+
+// merge walks a snapshot in order. part, if given, leaves out what arrived earlier or later.
+func (q *query) merge(sn *snapshot, part *place) error {
+	q.part = part
+	defer func() { q.part = nil }()
 	if err := q.resolve(); err != nil {
 		return err
 	}
@@ -267,15 +292,16 @@ func (q *query) merge(sn *snapshot, from *[levels]uint64) error {
 		if !q.levels[v.Level] {
 			continue
 		}
-		first := 0
-		if from != nil && from[v.Level] > v.First {
-			first = int(min(from[v.Level]-v.First, uint64(v.Len())))
+		first, end := 0, v.Len()
+		if part != nil {
+			first = within(part.from[v.Level], v.First, end)
+			end = within(part.upto[v.Level], v.First, end)
 		}
-		if hs := q.headSource(v, first); hs != nil {
+		if hs := q.headSource(v, first, end); hs != nil {
 			m.add(q, hs)
 		}
 	}
-	pending := q.pending(sn, from)
+	pending := q.pending(sn, part)
 	for q.left > 0 {
 		for len(pending) > 0 {
 			if len(m.heap) > 0 {
@@ -284,7 +310,7 @@ func (q *query) merge(sn *snapshot, from *[levels]uint64) error {
 					break
 				}
 			}
-			c, err := q.openSegment(pending[0], from)
+			c, err := q.openSegment(pending[0], part)
 			if err != nil {
 				return err
 			}
@@ -307,8 +333,16 @@ func (q *query) merge(sn *snapshot, from *[levels]uint64) error {
 	return nil
 }
 
+// within is number n as a row of a head of this many rows.
+func within(n, first uint64, rows int) int {
+	if n <= first {
+		return 0
+	}
+	return int(min(n-first, uint64(rows)))
+}
+
 // pending lists the segments that may hold something, in the order in which they are needed.
-func (q *query) pending(sn *snapshot, from *[levels]uint64) []*segment {
+func (q *query) pending(sn *snapshot, part *place) []*segment {
 	var out []*segment
 	if len(q.objs) > 0 {
 		known := 0
@@ -334,7 +368,7 @@ func (q *query) pending(sn *snapshot, from *[levels]uint64) []*segment {
 			continue
 		}
 		for _, s := range sn.segs[l] {
-			if s.maxTime < lo || s.minTime > hi || from != nil && s.end() <= from[l] {
+			if s.maxTime < lo || s.minTime > hi || part != nil && (s.end() <= part.from[l] || s.first >= part.upto[l]) {
 				continue
 			}
 			out = append(out, s)
@@ -349,7 +383,7 @@ func (q *query) pending(sn *snapshot, from *[levels]uint64) []*segment {
 }
 
 // openSegment opens a cursor; nil when the index says that nothing is there.
-func (q *query) openSegment(seg *segment, from *[levels]uint64) (source, error) {
+func (q *query) openSegment(seg *segment, part *place) (source, error) {
 	match := q.match
 	var rows []uint16
 	if len(q.objs) > 0 {
@@ -378,8 +412,8 @@ func (q *query) openSegment(seg *segment, from *[levels]uint64) (source, error) 
 		return nil, err
 	}
 	c.after, c.match = q.after, match
-	if from != nil {
-		c.minOrder = from[seg.level]
+	if part != nil {
+		c.minOrder, c.maxOrder = part.from[seg.level], part.upto[seg.level]
 	}
 	if rows != nil {
 		c.only(rows)
@@ -425,7 +459,7 @@ func (q *query) give(src source) error {
 		return nil
 	}
 	t, id := src.key()
-	q.add(log.Result{Entry: e, PageToken: token(t, id, nil)})
+	q.add(log.Result{Entry: e, PageToken: token(t, id, q.part)})
 	if len(q.batch) >= batchResults || q.size >= batchBytes {
 		return q.flush()
 	}
@@ -484,22 +518,29 @@ func (q *query) deliver() error {
 	return nil
 }
 
-// Page tokens: base64 of kind (1 position, 2 position and arrival numbers), time, id, numbers.
+// Page tokens: base64 of kind, time, id, and for a follower the numbers of its place.
 const (
-	tokenPosition = 1
-	tokenArrival  = 2
+	tokenPosition = 1 // time and id
+	tokenOpen     = 2 // and from
+	tokenPart     = 3 // and from and upto
 )
 
-func token(t int64, id []byte, vector *[levels]uint64) string {
-	var buf [128]byte
+func token(t int64, id []byte, p *place) string {
+	var buf [160]byte
 	b := append(buf[:0], tokenPosition)
 	b = binary.BigEndian.AppendUint64(b, uint64(t))
 	b = append(b, byte(len(id)))
 	b = append(b, id...)
-	if vector != nil {
-		b[0] = tokenArrival
-		for _, n := range vector[1:] {
+	if p != nil {
+		b[0] = tokenOpen
+		for _, n := range p.from[1:] {
 			b = binary.AppendUvarint(b, n)
+		}
+		if !p.open {
+			b[0] = tokenPart
+			for _, n := range p.upto[1:] {
+				b = binary.AppendUvarint(b, n)
+			}
 		}
 	}
 	return base64.RawURLEncoding.EncodeToString(b)
@@ -508,23 +549,30 @@ func token(t int64, id []byte, vector *[levels]uint64) string {
 func (q *query) parseToken(s string) error {
 	bad := errs.Field("page_token", "give the page_token of a result of the same query, or none", "not a page token of this store")
 	b, err := base64.RawURLEncoding.DecodeString(s)
-	if err != nil || len(b) < 10 || b[0] != tokenPosition && b[0] != tokenArrival || len(b) < 10+int(b[9]) {
+	if err != nil || len(b) < 10 || b[0] < tokenPosition || b[0] > tokenPart || len(b) < 10+int(b[9]) {
 		return bad
 	}
+	kind := b[0]
 	q.after = &position{time: int64(binary.BigEndian.Uint64(b[1:])), id: string(b[10 : 10+int(b[9])])}
-	rest := b[10+int(b[9]):]
-	if b[0] == tokenArrival {
-		q.vector = new([levels]uint64)
+	b = b[10+int(b[9]):]
+	numbers := func(into *[levels]uint64) bool {
 		for l := 1; l < levels; l++ {
-			n, k := binary.Uvarint(rest)
+			n, k := binary.Uvarint(b)
 			if k <= 0 {
-				return bad
+				return false
 			}
-			q.vector[l] = n
-			rest = rest[k:]
+			into[l] = n
+			b = b[k:]
+		}
+		return true
+	}
+	if kind != tokenPosition {
+		q.place = &place{open: kind == tokenOpen}
+		if !numbers(&q.place.from) || kind == tokenPart && !numbers(&q.place.upto) {
+			return bad
 		}
 	}
-	if len(rest) != 0 {
+	if len(b) != 0 {
 		return bad
 	}
 	return nil
@@ -589,10 +637,10 @@ func (m *merger) close(q *query) {
 	m.heap = nil
 }
 
-// headSource is the matching rows of a view, from row first on, in order; nil when there are none.
-func (q *query) headSource(v *head.View, first int) source {
+// headSource is the matching rows of a view, from row first to before end, in order; nil when there are none.
+func (q *query) headSource(v *head.View, first, end int) source {
 	hs := &headSource{v: *v}
-	for i := first; i < v.Len(); i++ {
+	for i := first; i < end; i++ {
 		if t := v.Times[i]; t < q.lo || t > q.hi {
 			continue
 		}

@@ -23,6 +23,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
+	"io"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -64,6 +65,8 @@ type Options struct {
 	PollDisk time.Duration
 	// Retention says what is deleted when.
 	Retention Retention
+	// ReadOnly opens for queries, Verify and Check; nothing is written.
+	ReadOnly bool
 	// OnPanic is called, for tests, instead of ending the process when Pebble cannot go on.
 	OnPanic func(string)
 }
@@ -73,6 +76,8 @@ type Store struct {
 	opt   Options
 	log   hclog.Logger
 	fs    *steadyfs.FS
+	lock  io.Closer
+	dir   string // of Pebble
 	cache *pebble.Cache
 	db    *pebble.DB
 	seed  maphash.Seed
@@ -84,6 +89,7 @@ type Store struct {
 	reqs    chan *request
 	synced  chan *group
 	done    chan struct{} // closed by Close
+	stopped chan struct{} // closed when no append is answered any more
 	fsDone  chan struct{} // closed when waiting for disk space shall end
 	wg      sync.WaitGroup
 	sealing chan struct{} // wakes the sealer
@@ -210,7 +216,7 @@ func (s *Store) close(ctx context.Context) error {
 	defer s.life.Unlock()
 	err := guard(func() error { return s.db.Close() })
 	s.cache.Unref()
-	return err
+	return errors.Join(err, s.lock.Close())
 }
 
 // guard turns a panic of Pebble into an error.
