@@ -35,10 +35,13 @@ import (
 // Limits. MaxFiles is below the kernel's SCM_MAX_FD (253); a VM's NIC has at most 16 queues.
 const (
 	MaxFiles = 32
-	maxHeld  = 1024
+	maxHeld  = 1024 // by all peers
+	maxMine  = 256  // by one uid, so that one peer cannot use the table up for the others
 	tokenLen = 32
 	keep     = 30 * time.Second
-	maxConns = 64
+	maxConns = 64 // of all peers at a time; each is given five seconds
+	maxOwn   = 16 // of one uid
+	refusal  = 200 * time.Millisecond
 )
 
 // Table holds descriptors between the packet that brought them and the call that names them.
@@ -48,6 +51,7 @@ type Table struct {
 	mu    sync.Mutex
 	held  map[string]entry
 	count int
+	byUID map[uint32]int
 }
 
 type entry struct {
@@ -57,7 +61,9 @@ type entry struct {
 }
 
 // NewTable makes an empty table.
-func NewTable() *Table { return &Table{now: time.Now, held: map[string]entry{}} }
+func NewTable() *Table {
+	return &Table{now: time.Now, held: map[string]entry{}, byUID: map[uint32]int{}}
+}
 
 // Put holds duplicates of files for uid and returns the token. No files, no token.
 func (t *Table) Put(uid uint32, files ...*os.File) (string, error) {
@@ -87,13 +93,14 @@ func (t *Table) put(uid uint32, files []*os.File) (string, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.sweepLocked()
-	if t.count+len(files) > maxHeld {
+	if t.count+len(files) > maxHeld || t.byUID[uid]+len(files) > maxMine {
 		closeAll(files)
-		return "", errs.New(errs.Exhausted, "%d descriptors wait to be claimed, the limit is %d", t.count, maxHeld).
+		return "", errs.New(errs.Exhausted, "%d descriptors wait to be claimed, %d of them of uid %d; the limits are %d and %d", t.count, t.byUID[uid], uid, maxHeld, maxMine).
 			Do("try again in half a minute, when unclaimed ones are closed")
 	}
 	t.held[token] = entry{files, uid, t.now().Add(keep)}
 	t.count += len(files)
+	t.byUID[uid] += len(files)
 	return token, nil
 }
 
@@ -110,9 +117,16 @@ func (t *Table) Take(uid uint32, token string) ([]*os.File, error) {
 		return nil, errs.New(errs.Invalid, "no descriptors are held under this token").
 			Do("hand the descriptors over again; a token works once and for half a minute")
 	}
+	t.forgetLocked(token, e)
+	return e.files, nil
+}
+
+func (t *Table) forgetLocked(token string, e entry) {
 	delete(t.held, token)
 	t.count -= len(e.files)
-	return e.files, nil
+	if t.byUID[e.uid] -= len(e.files); t.byUID[e.uid] <= 0 {
+		delete(t.byUID, e.uid)
+	}
 }
 
 // Sweep closes what nobody has claimed in time; call it now and then.
@@ -127,8 +141,7 @@ func (t *Table) sweepLocked() {
 	for token, e := range t.held {
 		if now.After(e.until) {
 			closeAll(e.files)
-			t.count -= len(e.files)
-			delete(t.held, token)
+			t.forgetLocked(token, e)
 		}
 	}
 }
@@ -139,9 +152,8 @@ func (t *Table) Close() {
 	defer t.mu.Unlock()
 	for token, e := range t.held {
 		closeAll(e.files)
-		delete(t.held, token)
+		t.forgetLocked(token, e)
 	}
-	t.count = 0
 }
 
 // Server serves a Table on a socket.
@@ -152,6 +164,9 @@ type Server struct {
 	wg    sync.WaitGroup
 	slots chan struct{}
 	done  chan struct{}
+
+	mu  sync.Mutex
+	own map[uint32]int // connections by uid
 }
 
 // Peer is who is at the other end of the socket.
@@ -164,7 +179,7 @@ func Serve(path string, table *Table, check func(Peer) error) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{table: table, check: check, ln: ln, slots: make(chan struct{}, maxConns), done: make(chan struct{})}
+	s := &Server{table: table, check: check, ln: ln, slots: make(chan struct{}, maxConns), done: make(chan struct{}), own: map[uint32]int{}}
 	s.wg.Add(2)
 	go s.accept()
 	go s.sweep()
@@ -216,12 +231,41 @@ func (s *Server) Close() {
 	s.wg.Wait()
 }
 
+// enter counts a connection of uid in, unless it has too many.
+func (s *Server) enter(uid uint32) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.own[uid] >= maxOwn {
+		return errors.New("too many connections")
+	}
+	s.own[uid]++
+	return nil
+}
+
+func (s *Server) leave(uid uint32) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.own[uid]--; s.own[uid] <= 0 {
+		delete(s.own, uid)
+	}
+}
+
 func (s *Server) serve(c *net.UnixConn) {
 	cred, err := peercred.Of(c)
 	if err == nil && s.check != nil {
 		err = s.check(cred)
 	}
+	if err == nil {
+		if err = s.enter(cred.UID); err == nil {
+			defer s.leave(cred.UID)
+		}
+	}
 	if err != nil {
+		// Its packet is read, as closing with one unread would reset the connection before the answer is.
+		c.SetDeadline(time.Now().Add(refusal))
+		_, files, _ := receive(c)
+		closeAll(files)
+		c.SetDeadline(time.Now().Add(refusal))
 		send(c, append([]byte{'E'}, err.Error()...), nil)
 		return
 	}
