@@ -299,7 +299,6 @@ func (c *converter) qcow2Worker(q *qcow2, work <-chan batch) error {
 	var packed []byte
 	var un *unpacker
 	for b := range work {
-		var wrote int64
 		for _, x := range b {
 			data := buf[:x.length]
 			switch x.kind {
@@ -337,10 +336,8 @@ func (c *converter) qcow2Worker(q *qcow2, work <-chan batch) error {
 			if err != nil {
 				return err
 			}
-			wrote += n
+			c.rep.Progress(x.guest+x.length, q.size, n)
 		}
-		last := b[len(b)-1]
-		c.rep.Progress(last.guest+last.length, q.size, wrote)
 	}
 	return nil
 }

@@ -235,7 +235,6 @@ func (j *Job) fromStream(ctx context.Context, staging *os.File) (worker.Result, 
 		return worker.Result{}, err
 	}
 	arrived := make(chan worker.Arrival, 1)
-	var last int64
 	tell := func(a worker.Arrival) {
 		// Only the newest counts: what waits is replaced.
 		select {
@@ -243,20 +242,18 @@ func (j *Job) fromStream(ctx context.Context, staging *os.File) (worker.Result, 
 		default:
 		}
 		arrived <- a
-		last = a.Length
 	}
 	var mu sync.Mutex
 	fetched := false
-	var wrote int64
+	var wrote, have, of int64
 	got := func(piece []byte, s fetch.State) {
 		if h != nil {
 			h.Write(piece)
 		}
-		if s.Done-last >= 1<<20 {
-			tell(worker.Arrival{Length: s.Done})
-		}
+		tell(worker.Arrival{Length: s.Done})
 		mu.Lock()
-		j.Progress(PhaseDownload, s.Done, max(s.Total, 0), wrote)
+		have, of = s.Done, max(s.Total, 0)
+		j.Progress(PhaseDownload, have, of, wrote)
 		mu.Unlock()
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -291,6 +288,8 @@ func (j *Job) fromStream(ctx context.Context, staging *os.File) (worker.Result, 
 		wrote = n
 		if fetched {
 			j.Progress(PhaseConvert, done, total, n)
+		} else {
+			j.Progress(PhaseDownload, have, of, n)
 		}
 	})
 	if err != nil {

@@ -56,20 +56,19 @@ type child struct {
 	dense  bool
 	wrote  atomic.Int64
 
-	mu        sync.Mutex
-	cond      sync.Cond
-	avail     int64
-	whole     bool
-	gone      error // the parent hung up
-	target    *os.File
-	block     bool
-	size      int64 // of the target
-	granted   bool  // a target or an answer to grow has come
-	refused   error
-	asking    bool
-	lastSaid  time.Time
-	saidDone  int64
-	saidTotal int64
+	mu      sync.Mutex
+	cond    sync.Cond
+	avail   int64
+	whole   bool
+	gone    error // the parent hung up
+	target  *os.File
+	block   bool
+	size    int64 // of the target
+	granted bool  // a target or an answer to grow has come
+	refused error
+	asking  bool
+	done    int64
+	total   int64
 }
 
 var (
@@ -91,6 +90,9 @@ func (c *child) run() (int64, error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	go c.listen(cancel)
+	stop := make(chan struct{})
+	defer close(stop)
+	go c.tell(stop)
 	scratch := func() (*os.File, error) { return os.NewFile(scratchFD, "scratch"), nil }
 	size, err := image.Convert(ctx, c, c, scratch, m.Limits, c)
 	if err != nil {
@@ -192,20 +194,35 @@ func (c *child) Format(name string, size int64) {
 	_ = c.ctl.send(message{Kind: kindFormat, Format: name, Size: size}, nil) // a lost parent shows in listen
 }
 
-// Progress tells the parent, at most ten times a second.
+// Progress notes how far it is; tell sends it.
 func (c *child) Progress(done, total, wrote int64) {
-	w := c.wrote.Add(wrote)
-	c.mu.Lock()
-	defer c.mu.Unlock()
+	c.wrote.Add(wrote)
 	if done >= 0 {
-		c.saidDone, c.saidTotal = max(done, c.saidDone), total
+		c.mu.Lock()
+		c.done, c.total = max(done, c.done), total
+		c.mu.Unlock()
 	}
-	now := time.Now()
-	if now.Sub(c.lastSaid) < 100*time.Millisecond {
-		return
+}
+
+// tell sends the progress ten times a second, when there is any, until stop is closed.
+func (c *child) tell(stop <-chan struct{}) {
+	t := time.NewTicker(100 * time.Millisecond)
+	defer t.Stop()
+	var last message
+	for {
+		select {
+		case <-stop:
+			return
+		case <-t.C:
+		}
+		c.mu.Lock()
+		m := message{Kind: kindProgress, Done: c.done, Total: c.total, Wrote: c.wrote.Load()}
+		c.mu.Unlock()
+		if m.Done != last.Done || m.Wrote != last.Wrote {
+			last = m
+			_ = c.ctl.send(m, nil) // a lost parent shows in listen
+		}
 	}
-	c.lastSaid = now
-	_ = c.ctl.send(message{Kind: kindProgress, Done: c.saidDone, Total: c.saidTotal, Wrote: w}, nil)
 }
 
 // WriteAt writes to the target, waiting for it the first time.

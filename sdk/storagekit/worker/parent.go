@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"os/user"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -155,8 +156,8 @@ func died(werr error, words string) error {
 			Message: fmt.Sprintf("the image needs more than %d MiB of memory to decompress", memoryLimit>>20),
 			Remedy:  "compress it again with smaller settings, or decompress it first"}
 	}
-	if words != "" {
-		e.Err = fmt.Errorf("%w: %s", errors.Join(werr), words)
+	if first, _, _ := strings.Cut(words, "\n"); first != "" {
+		e.Err = fmt.Errorf("%w: %s", errors.Join(werr), first)
 	}
 	return e
 }
