@@ -149,24 +149,21 @@ func extract(ctx context.Context, deb string, want func(string) bool) (map[strin
 
 var kernelPackage = regexp.MustCompile(`linux-image-[0-9][a-z0-9.+-]*-cloud-amd64`)
 
-// kernel gives the cloud kernel and all of its modules by name.
-func kernel(ctx context.Context, cache string, logf func(string, ...any)) ([]byte, map[string][]byte, error) {
+// kernelCandidate finds the package of the newest cloud kernel.
+func kernelCandidate(ctx context.Context) (candidate, error) {
 	meta, err := lookup(ctx, "linux-image-cloud-amd64")
 	if err != nil {
-		return nil, nil, err
+		return candidate{}, err
 	}
 	name := kernelPackage.FindString(meta.depends)
 	if name == "" {
-		return nil, nil, fmt.Errorf("linux-image-cloud-amd64 depends on no kernel: %q", meta.depends)
+		return candidate{}, fmt.Errorf("linux-image-cloud-amd64 depends on no kernel: %q", meta.depends)
 	}
-	c, err := lookup(ctx, name)
-	if err != nil {
-		return nil, nil, err
-	}
-	deb, err := debFile(ctx, cache, c, logf)
-	if err != nil {
-		return nil, nil, err
-	}
+	return lookup(ctx, name)
+}
+
+// kernel gives the cloud kernel and all of its modules by name.
+func kernel(ctx context.Context, deb string) ([]byte, map[string][]byte, error) {
 	got, err := extract(ctx, deb, func(n string) bool {
 		return strings.HasPrefix(n, "boot/vmlinuz-") || strings.HasSuffix(n, ".ko")
 	})
@@ -183,7 +180,7 @@ func kernel(ctx context.Context, cache string, logf func(string, ...any)) ([]byt
 		}
 	}
 	if image == nil {
-		return nil, nil, fmt.Errorf("%s holds no kernel", name)
+		return nil, nil, fmt.Errorf("%s holds no kernel", deb)
 	}
 	return image, mods, nil
 }
@@ -256,15 +253,7 @@ func moduleDeps(data []byte) ([]string, error) {
 }
 
 // busybox gives the static busybox and the names of its applets.
-func busybox(ctx context.Context, cache string, logf func(string, ...any)) ([]byte, []string, error) {
-	c, err := lookup(ctx, "busybox-static")
-	if err != nil {
-		return nil, nil, err
-	}
-	deb, err := debFile(ctx, cache, c, logf)
-	if err != nil {
-		return nil, nil, err
-	}
+func busybox(ctx context.Context, cache, deb string) ([]byte, []string, error) {
 	got, err := extract(ctx, deb, func(n string) bool { return n == "bin/busybox" || n == "usr/bin/busybox" })
 	if err != nil {
 		return nil, nil, err

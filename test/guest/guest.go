@@ -24,6 +24,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 )
@@ -35,7 +36,7 @@ const Label = "mvirt-root"
 const RootBytes = 64 << 20
 
 // format is part of the cache key; it grows when the code that assembles changes what it makes.
-const format = 1
+const format = 2
 
 // Guest is where the parts of the guest are. They are shared by all who use the cache: read only.
 type Guest struct {
@@ -79,31 +80,25 @@ func Build(ctx context.Context, logf func(string, ...any)) (Guest, error) {
 	if err := os.MkdirAll(cache, 0o755); err != nil {
 		return Guest{}, err
 	}
-	image, all, err := kernel(ctx, cache, logf)
+	kc, err := kernelCandidate(ctx)
 	if err != nil {
 		return Guest{}, err
 	}
-	box, applets, err := busybox(ctx, cache, logf)
+	bc, err := lookup(ctx, "busybox-static")
 	if err != nil {
 		return Guest{}, err
 	}
-	mods, err := closure(all, modules)
+	key, err := cacheKey(kc, bc)
 	if err != nil {
 		return Guest{}, err
 	}
-	t, err := base(box, applets, mods)
-	if err != nil {
-		return Guest{}, err
-	}
-	h := sha256.New()
-	fmt.Fprintln(h, format, RootBytes, Label)
-	h.Write(image)
-	if err := t.writeCPIO(h); err != nil {
-		return Guest{}, err
-	}
-	dir := filepath.Join(cache, "guest", hex.EncodeToString(h.Sum(nil))[:32])
+	dir := filepath.Join(cache, "guest", key)
 	if _, err := os.Stat(dir); err == nil {
 		return at(dir), nil
+	}
+	image, t, err := contents(ctx, cache, kc, bc, logf)
+	if err != nil {
+		return Guest{}, err
 	}
 	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
 		return Guest{}, err
@@ -126,6 +121,49 @@ func Build(ctx context.Context, logf func(string, ...any)) (Guest, error) {
 		}
 	}
 	return at(dir), nil
+}
+
+// cacheKey is the same as long as packages, scripts and this program's ways are.
+func cacheKey(packages ...candidate) (string, error) {
+	h := sha256.New()
+	fmt.Fprintln(h, format, RootBytes, Label, modules)
+	for _, p := range packages {
+		fmt.Fprintln(h, p.sha256)
+	}
+	err := fs.WalkDir(files, "files", func(p string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		b, err := files.ReadFile(p)
+		fmt.Fprintf(h, "%s %d\n%s", p, len(b), b)
+		return err
+	})
+	return hex.EncodeToString(h.Sum(nil))[:32], err
+}
+
+// contents takes kernel and tree out of the packages.
+func contents(ctx context.Context, cache string, kc, bc candidate, logf func(string, ...any)) ([]byte, tree, error) {
+	deb, err := debFile(ctx, cache, kc, logf)
+	if err != nil {
+		return nil, nil, err
+	}
+	image, all, err := kernel(ctx, deb)
+	if err != nil {
+		return nil, nil, err
+	}
+	if deb, err = debFile(ctx, cache, bc, logf); err != nil {
+		return nil, nil, err
+	}
+	box, applets, err := busybox(ctx, cache, deb)
+	if err != nil {
+		return nil, nil, err
+	}
+	mods, err := closure(all, modules)
+	if err != nil {
+		return nil, nil, err
+	}
+	t, err := base(box, applets, mods)
+	return image, t, err
 }
 
 func assemble(ctx context.Context, g Guest, image []byte, t tree) error {

@@ -146,7 +146,7 @@ func (l *Log) bounds() (start, end int64) {
 }
 
 // Read gives history to out, beginning replay bytes before the end, and then, if follow is set, what comes,
-// until the log is no longer live (io.EOF), stop is closed (nil), or out fails. A viewer too slow for the
+// until the log is no longer live, or there is nothing to follow (io.EOF), stop is closed (nil), or out fails. A viewer too slow for the
 // guest is told how much it missed.
 func (l *Log) Read(stop <-chan struct{}, replay int64, follow bool, out func([]byte) error) error {
 	start, end := l.bounds()
@@ -187,10 +187,7 @@ func (l *Log) Read(stop <-chan struct{}, replay int64, follow bool, out func([]b
 			}
 			continue
 		}
-		if !follow {
-			return nil
-		}
-		if !live {
+		if !follow || !live {
 			return io.EOF
 		}
 		select {
