@@ -64,6 +64,7 @@ type fakeInstance struct {
 	frozen bool
 	stops  int
 	calls  int
+	closed bool
 }
 
 func (i *fakeInstance) die(how string) { i.once.Do(func() { i.how = how; close(i.exited) }) }
@@ -81,6 +82,7 @@ func (i *fakeInstance) Stop(context.Context) error {
 	i.die("exit status 0")
 	return nil
 }
+func (i *fakeInstance) Close()                  { i.mu.Lock(); i.closed = true; i.mu.Unlock() }
 func (i *fakeInstance) Kill()                   { i.die("killed by SIGKILL") }
 func (i *fakeInstance) Exited() <-chan struct{} { return i.exited }
 func (i *fakeInstance) Exit() string            { return i.how }

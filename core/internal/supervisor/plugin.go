@@ -2,6 +2,7 @@ package supervisor
 
 import (
 	"context"
+	"sync"
 	"syscall"
 
 	"github.com/mvirt/mvirt/core/internal/config"
@@ -42,6 +43,9 @@ func (p *plugin) launch(ctx context.Context) (Instance, error) {
 	if err != nil {
 		return nil, err
 	}
+	if p.cfg.Attach != "" {
+		return newAttached(h), nil
+	}
 	return hosted{h}, nil
 }
 
@@ -70,13 +74,53 @@ type hosted struct{ *host.Plugin }
 
 func (h hosted) Service() service.Base { return h.Base }
 
+// Close releases the connections; Kill does that also for a process that has ended by itself.
+func (h hosted) Close() { h.Kill() }
+
 func (h hosted) Exit() string {
 	e, ended := h.Plugin.Exit()
 	switch {
 	case !ended:
 		return "still running"
-	case e.Signal == 0 && e.Code == -1:
-		return "ended, how is not known"
 	}
 	return launcher.Exit{Code: e.Code, Signal: e.Signal}.String()
+}
+
+// attached is a stand-alone plugin: somebody else's to stop, so all that ends here is the connection.
+type attached struct {
+	hosted
+	once sync.Once
+	left chan struct{}
+}
+
+func newAttached(h *host.Plugin) *attached {
+	a := &attached{hosted: hosted{h}, left: make(chan struct{})}
+	go func() {
+		select {
+		case <-h.Exited():
+			a.leave()
+		case <-a.left:
+		}
+	}()
+	return a
+}
+
+func (a *attached) leave() { a.once.Do(func() { close(a.left) }) }
+
+func (a *attached) Exited() <-chan struct{} { return a.left }
+
+func (a *attached) Stop(context.Context) error { a.Kill(); return nil }
+
+func (a *attached) Kill() {
+	a.hosted.Kill()
+	a.leave()
+}
+
+func (a *attached) Close() { a.Kill() }
+
+func (a *attached) Exit() string {
+	if _, ended := a.hosted.Plugin.Exit(); ended {
+		return "the stand-alone process ended; how is not known"
+	}
+	return "disconnected from the stand-alone process"
 }

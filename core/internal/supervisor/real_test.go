@@ -412,6 +412,20 @@ func TestRealQuarantine(t *testing.T) {
 	must(t, r.append("hello"))
 }
 
+// freeze stops a process and returns when the kernel has stopped it.
+func freeze(t *testing.T, pid int) {
+	t.Helper()
+	must(t, unix.Kill(pid, unix.SIGSTOP))
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		must(t, err)
+		if strings.Contains(string(b), ") T ") {
+			return
+		}
+	}
+	t.Fatal("the process does not stop")
+}
+
 // SIGSTOP: nothing dies, nothing answers. Health finds it.
 func TestStoppedProcess(t *testing.T) {
 	dir := shortDir(t)
@@ -419,7 +433,7 @@ func TestStoppedProcess(t *testing.T) {
 	r.ready()
 	must(t, r.append("hello"))
 	pid := r.pid()
-	must(t, unix.Kill(pid, unix.SIGSTOP))
+	freeze(t, pid)
 	must(t, r.append("hello")) // hangs, is cut by the kill, and repeated on the next instance
 	st := r.sup.Status(service.KindLog)
 	if st.PID == pid || !strings.Contains(st.LastExit.Text, "no answer to 3 health checks") || !strings.Contains(st.LastExit.Text, "killed by SIGKILL") {
@@ -433,7 +447,7 @@ func TestStopOfAStoppedProcess(t *testing.T) {
 	r := newReal(t, dir, "", goodTable(selfCopy(t, dir), `stop_timeout = "300ms"`))
 	r.ready()
 	pid := r.pid()
-	must(t, unix.Kill(pid, unix.SIGSTOP))
+	freeze(t, pid)
 	begun := time.Now()
 	must(t, r.sup.Restart(context.Background(), service.KindLog))
 	if d := time.Since(begun); d > 8*time.Second {
@@ -505,5 +519,15 @@ func TestAttach(t *testing.T) {
 	if st := r.sup.Status(service.KindLog); st.PID != p.Pid || st.Restarts == 0 {
 		t.Errorf("%+v", st)
 	}
-	defer func() { _ = p.Kill(); _, _ = p.Wait() }()
+	// Neither a restart nor a stop of ours ends a process that is not ours.
+	must(t, r.sup.Restart(context.Background(), service.KindLog))
+	must(t, r.append("hello"))
+	begun := time.Now()
+	r.sup.Stop(context.Background())
+	if d := time.Since(begun); d > 3*time.Second {
+		t.Errorf("stopping took %s", d)
+	}
+	must(t, p.Signal(syscall.Signal(0)))
+	must(t, p.Kill())
+	_, _ = p.Wait()
 }

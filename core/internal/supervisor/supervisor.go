@@ -77,6 +77,8 @@ type Instance interface {
 	Exit() string
 	// StderrTail is the last lines that the process wrote outside its structured log.
 	StderrTail() []string
+	// Close lets go of connections to an instance that is gone.
+	Close()
 }
 
 // Notice is something that happened to a plugin.

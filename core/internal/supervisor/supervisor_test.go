@@ -83,6 +83,10 @@ func TestRestartAtOnceThenBackOff(t *testing.T) {
 		if f.count() != 2 {
 			t.Fatal("the first restart is not immediate")
 		}
+		if f.mu.Lock(); !f.insts[0].closed {
+			t.Error("the connections of the dead instance are kept")
+		}
+		f.mu.Unlock()
 		f.last().die("exit status 2")
 		synctest.Wait()
 		st := s.Status(service.KindLog)

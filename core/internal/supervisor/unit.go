@@ -207,6 +207,7 @@ func (u *unit) ended(inst Instance, why string, wanted bool) {
 	if why != "" {
 		text = why + "; " + text
 	}
+	defer inst.Close()
 	u.mu.Lock()
 	up := time.Since(u.upSince)
 	u.last = &Exit{At: time.Now(), Text: text, Up: up, Wanted: wanted, Stderr: inst.StderrTail()}
@@ -337,6 +338,7 @@ func (u *unit) shutdown(ctx context.Context) {
 		}
 		cancel()
 		waitGone(inst)
+		inst.Close()
 	}
 	u.mu.Lock()
 	u.setLocked(StateStopped)
