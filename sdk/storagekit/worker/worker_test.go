@@ -63,7 +63,7 @@ func probe() int {
 	try("unshare", unix.Unshare(unix.CLONE_NEWUSER))
 	try("mount", unix.Mount("none", "/", "tmpfs", 0, ""))
 	try("chmod", ready.Chmod(0o777))
-	_, err = unix.IoctlGetInt(int(ready.Fd()), unix.FIONREAD)
+	_, err = unix.IoctlGetInt(int(ready.Fd()), unix.TIOCOUTQ)
 	try("ioctl", err)
 	_, _, no := unix.RawSyscall6(unix.SYS_CLONE, unix.CLONE_NEWUSER|unix.CLONE_NEWNET, 0, 0, 0, 0, 0)
 	try("clone into a namespace", no)
@@ -162,7 +162,9 @@ func TestDevice(t *testing.T) {
 	if _, err := Run(t.Context(), j); !errors.Is(err, errs.Exhausted) {
 		t.Errorf("got %v", err)
 	}
-	j.Target = func(string, int64) (*os.File, int64, bool, error) { return nil, 0, false, errs.New(errs.Exhausted, "no target") }
+	j.Target = func(string, int64) (*os.File, int64, bool, error) {
+		return nil, 0, false, errs.New(errs.Exhausted, "no target")
+	}
 	if _, err := Run(t.Context(), j); !errors.Is(err, errs.Exhausted) {
 		t.Errorf("got %v", err)
 	}
