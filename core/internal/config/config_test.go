@@ -33,7 +33,7 @@ func TestExampleParses(t *testing.T) {
 		}
 	}
 	net := cfg.Plugins[service.KindNet]
-	if args := strings.Join(net.Arguments(), " "); args != "--data-dir /var/lib/mvirt/net --worker-user=mvirt-worker" {
+	if args := strings.Join(net.Arguments(), " "); args != "--metadata-dir /var/lib/mvirt/net --socket-dir /run/mvirt/net --worker-user=mvirt-worker" {
 		t.Errorf("arguments: %s", args)
 	}
 }

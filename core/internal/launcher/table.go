@@ -39,11 +39,15 @@ func newTable(cfg *config.Config, root bool, acc accounts) (*table, error) {
 	var problems []error
 	t.core = self
 	if root {
-		var groups []string
-		if cfg.Core.SocketGroup != "" {
-			groups = []string{cfg.Core.SocketGroup} // so that the core may hand its socket to that group
+		id, err := acc.identity("core", cfg.Core.User, cfg.Core.Group, nil)
+		if g := cfg.Core.SocketGroup; g != "" {
+			// In this group, the core may hand its socket to it.
+			gid, gerr := acc.group(g)
+			id.Groups = []uint32{gid}
+			if gerr != nil && (err == nil || g != cfg.Core.User) { // the user's own group comes with the user
+				problems = append(problems, errs.Wrap(errs.Precondition, gerr, "core.socket_group"))
+			}
 		}
-		id, err := acc.identity("core", cfg.Core.User, cfg.Core.Group, groups)
 		if err == nil && id.UID == 0 {
 			err = errs.New(errs.Precondition, "core.user: the core must not run as root").Because("CORE_IS_ROOT").
 				Do(`set user = "mvirt" in [core]; useradd --system --user-group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin mvirt`)
@@ -70,7 +74,7 @@ func newTable(cfg *config.Config, root bool, acc accounts) (*table, error) {
 				problems = append(problems, err)
 			}
 			s.caps = caps
-			if lacking := caps &^ bounding; lacking != 0 {
+			if lacking := caps &^ bounding; lacking != 0 && os.Geteuid() == 0 { // the core, which only asks, has an empty one
 				problems = append(problems, errs.New(errs.Precondition, "%s.capabilities: mvirtd itself may not hold %s here (it is not in its bounding set)",
 					key, strings.Join(CapabilityNames(lacking), ", ")).Because("CAPABILITY_MISSING").
 					Do("start mvirtd outside the container, or allow it the capability"))
