@@ -101,7 +101,7 @@ func (m *Manager) Create(ctx context.Context, req vmm.CreateRequest) (vmm.VM, er
 
 	m.change.Lock()
 	defer m.change.Unlock()
-	if err := errors.Join(ctx.Err(), m.ctx.Err()); err != nil {
+	if err := errors.Join(ctx.Err(), m.closing.Err()); err != nil {
 		return vmm.VM{}, errs.Wrap(errs.KindOf(err), err, "the VM was not created")
 	}
 	if old, err := m.find(req.ID); err == nil {
@@ -120,16 +120,15 @@ func (m *Manager) Create(ctx context.Context, req vmm.CreateRequest) (vmm.VM, er
 	def := store.Definition{ID: req.ID, Spec: cloneSpec(req.Spec), Generation: 1, CreatedAt: now, Request: fp}
 	setBoot(&def, b)
 	st := store.Status{State: vmm.StateStopped, Reason: "never started", Since: now, Desired: vmm.StateStopped}
-	v, err := m.newMachine(def, st)
+	err = m.makeVMDir(req.ID)
 	if err == nil {
-		if err = m.db.Apply(req.ID, store.Change{Definition: &def, Status: &st}); err != nil {
-			v.letGo()
-		}
+		err = m.db.Apply(req.ID, store.Change{Definition: &def, Status: &st})
 	}
 	if err != nil {
 		return vmm.VM{}, errors.Join(err, os.RemoveAll(m.vmDir(req.ID)))
 	}
 	keep = true
+	v := m.newMachine(def, st)
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	m.enter(v, vmm.EventChanged)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"maps"
+	"path/filepath"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -51,20 +52,13 @@ type run struct {
 // link is one connection to a run's process. Its events may come before it is held.
 type link struct{ off, lost bool }
 
-func (m *Manager) newMachine(def store.Definition, st store.Status) (*machine, error) {
+func (m *Manager) newMachine(def store.Definition, st store.Status) *machine {
 	v := &machine{m: m, id: def.ID, turn: make(chan struct{}, 1), def: def, desired: st.Desired, state: st.State, reason: st.Reason, since: st.Since}
-	if err := m.makeVMDir(def.ID); err != nil {
-		return nil, err
-	}
-	l, err := console.OpenLog(m.cw, m.vmDir(def.ID)+"/console.log")
-	if err != nil {
-		return nil, errs.Wrap(errs.Unknown, err, "the console log cannot be opened")
-	}
-	v.con = console.New(l)
+	v.con = console.New(console.NewLog(m.cw, filepath.Join(m.vmDir(def.ID), "console.log")))
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.viewLocked()
-	return v, nil
+	return v
 }
 
 // now is the VM as last published, the caller's own copy.
@@ -162,7 +156,7 @@ func (v *machine) take(ctx context.Context) error {
 	select {
 	case v.turn <- struct{}{}:
 		return nil
-	case <-v.m.ctx.Done():
+	case <-v.m.closing.Done():
 		return errClosing()
 	case <-ctx.Done():
 		return &errs.Error{Kind: errs.KindOf(ctx.Err()), Resource: v.resource(), Message: "another change of this VM is still under way",
@@ -189,7 +183,7 @@ func (v *machine) begin(ctx context.Context) (context.Context, func(), error) {
 		v.give()
 		return nil, nil, errs.New(errs.NotFound, "the VM has been deleted meanwhile").With(errs.Resource{Type: "vm", ID: v.id})
 	}
-	if err := v.m.ctx.Err(); err != nil {
+	if err := v.m.closing.Err(); err != nil {
 		cancel(nil)
 		v.give()
 		return nil, nil, errClosing()

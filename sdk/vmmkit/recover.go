@@ -49,10 +49,7 @@ func (m *Manager) recover(ctx context.Context) error {
 		if st.Desired == 0 {
 			st.Desired = vmm.StateStopped
 		}
-		v, err := m.newMachine(it.Value, st)
-		if err != nil {
-			return err
-		}
+		v := m.newMachine(it.Value, st)
 		b := bootFilesOf(it.Value)
 		m.kn.Hold(b.kernel)
 		m.kn.Hold(b.initramfs)

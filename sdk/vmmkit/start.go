@@ -144,6 +144,9 @@ func (v *machine) startable(held bool) (vm vmm.VM, done bool, err error) {
 // nil unless an end is being entered.
 func (v *machine) launch(ctx context.Context, def store.Definition, req vmm.StartRequest) (*run, error) {
 	m := v.m
+	if err := m.makeVMDir(v.id); err != nil {
+		return nil, err
+	}
 	mach, err := v.machineFor(def)
 	if err != nil {
 		return nil, err
@@ -270,7 +273,9 @@ func (v *machine) hold(ctx context.Context, r *run, inst Instance, l *link) erro
 		st.State = GuestOff
 	}
 	r.inst = inst
-	v.con.Attach(dialOf(inst))
+	if err := v.con.Attach(dialOf(inst)); err != nil {
+		v.m.o.Log.Warn("the console log cannot be followed", "vm", v.id, "error", err)
+	}
 	switch st.State {
 	case GuestRunning:
 		v.setLocked(vmm.StateRunning, st.Reason)

@@ -67,9 +67,11 @@ type Manager struct {
 	cw  *console.Watcher
 	hub *hub
 
-	ctx    context.Context // ends at Shutdown
-	cancel context.CancelFunc
-	wg     sync.WaitGroup // watchers of processes and connections
+	closing context.Context // ends when Shutdown begins: no new changes
+	refuse  context.CancelFunc
+	ctx     context.Context // ends when all changes are over: nothing is followed any more
+	cancel  context.CancelFunc
+	wg      sync.WaitGroup // watchers of processes and connections
 
 	change sync.Mutex // held through a change of definitions: create, update, delete
 
@@ -103,6 +105,7 @@ func Open(ctx context.Context, o Options) (*Manager, error) {
 	}
 	m := &Manager{o: o, hub: newHub(), byID: map[string]*machine{}, byName: map[string]*machine{}, conds: map[string]service.Condition{}}
 	m.ctx, m.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	m.closing, m.refuse = context.WithCancel(m.ctx)
 	var err error
 	if m.db, err = store.Open(o.DataDir); err != nil {
 		return nil, err
@@ -121,7 +124,7 @@ func Open(ctx context.Context, o Options) (*Manager, error) {
 
 // Shutdown lets go of everything; hypervisors go on.
 func (m *Manager) Shutdown(ctx context.Context) error {
-	m.cancel()
+	m.refuse()
 	m.hub.close()
 	var held []*machine
 	m.mu.RLock()
@@ -142,6 +145,7 @@ func (m *Manager) Shutdown(ctx context.Context) error {
 			err = errors.Join(err, errs.Wrap(errs.Deadline, ctx.Err(), "VM %s is still being changed", v.id))
 		}
 	}
+	m.cancel()
 	done := make(chan struct{})
 	go func() { m.wg.Wait(); close(done) }()
 	select {

@@ -32,12 +32,12 @@ func New(l *Log) *Console { return &Console{log: l} }
 // Log gives the log.
 func (c *Console) Log() *Log { return c.log }
 
-// Attach says that a hypervisor runs and how to type to it.
-func (c *Console) Attach(d Dial) {
+// Attach says that a hypervisor runs and how to type to it. After an error viewers see history only.
+func (c *Console) Attach(d Dial) error {
 	c.mu.Lock()
 	c.dial = d
 	c.mu.Unlock()
-	c.log.SetLive(true)
+	return c.log.SetLive(true)
 }
 
 // Detach says that no hypervisor runs; sessions that follow end once they have shown all.
@@ -45,7 +45,7 @@ func (c *Console) Detach() {
 	c.mu.Lock()
 	c.dial = nil
 	c.mu.Unlock()
-	c.log.SetLive(false)
+	_ = c.log.SetLive(false) // fails only to open
 }
 
 // take makes the caller the writer.

@@ -23,8 +23,8 @@ func open(t *testing.T) (*Log, string) {
 		t.Fatal(err)
 	}
 	path := filepath.Join(t.TempDir(), "console.log")
-	l, err := OpenLog(w, path)
-	if err != nil {
+	l := NewLog(w, path)
+	if err := l.SetLive(true); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -76,7 +76,6 @@ func (v *viewer) until(t *testing.T, s string) {
 // The hypervisor writes the file, we only learn of it.
 func TestFollowWhatAnotherWrites(t *testing.T) {
 	l, path := open(t)
-	l.SetLive(true)
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -96,7 +95,9 @@ func TestFollowWhatAnotherWrites(t *testing.T) {
 	if _, err := f.WriteString(" last"); err != nil {
 		t.Fatal(err)
 	}
-	l.SetLive(false)
+	if err := l.SetLive(false); err != nil {
+		t.Fatal(err)
+	}
 	if err := <-done; !errors.Is(err, io.EOF) {
 		t.Errorf("end: %v, want EOF", err)
 	}
@@ -124,8 +125,8 @@ func TestBounded(t *testing.T) {
 	}
 	defer w.Close()
 	path := filepath.Join(t.TempDir(), "console.log")
-	l, err := OpenLog(w, path)
-	if err != nil {
+	l := NewLog(w, path)
+	if err := l.SetLive(true); err != nil {
 		t.Fatal(err)
 	}
 	line := []byte(strings.Repeat("x", 1023) + "\n")
@@ -149,8 +150,8 @@ func TestBounded(t *testing.T) {
 		t.Errorf("only %d bytes are readable", size-start)
 	}
 	l.Close()
-	l, err = OpenLog(w, path)
-	if err != nil {
+	l = NewLog(w, path)
+	if err := l.SetLive(true); err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
@@ -186,7 +187,9 @@ func TestWriterAndSteal(t *testing.T) {
 	l, _ := open(t)
 	c := New(l)
 	port := &recorder{news: make(chan string, 10)}
-	c.Attach(func(context.Context) (io.WriteCloser, error) { return port, nil })
+	if err := c.Attach(func(context.Context) (io.WriteCloser, error) { return port, nil }); err != nil {
+		t.Fatal(err)
+	}
 
 	in1, in2 := make(chan []byte), make(chan []byte)
 	end1, end2 := make(chan error, 1), make(chan error, 1)
@@ -233,7 +236,6 @@ func TestWriterAndSteal(t *testing.T) {
 
 func TestSlowViewerIsTold(t *testing.T) {
 	l, _ := open(t)
-	l.SetLive(true)
 	first := make(chan struct{})
 	goOn := make(chan struct{})
 	var got bytes.Buffer
@@ -257,7 +259,9 @@ func TestSlowViewerIsTold(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	l.SetLive(false)
+	if err := l.SetLive(false); err != nil {
+		t.Fatal(err)
+	}
 	close(goOn)
 	if err := <-done; !errors.Is(err, io.EOF) {
 		t.Fatal(err)

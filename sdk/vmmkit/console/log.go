@@ -23,67 +23,112 @@ const Keep = 1 << 20
 // holeAlign is the grain of holes; every file system's blocks fit.
 const holeAlign = 64 << 10
 
-// Log is one VM's output. Its methods may be called concurrently.
+// Log is one VM's output. Its methods may be called concurrently. The file is open only while the log is live
+// or read, so that a thousand stopped VMs cost no descriptor.
 type Log struct {
 	w    *Watcher
-	wd   int32
+	path string
 	keep int64
 
-	mu      sync.Mutex    // guards what follows
-	f       *os.File      // nil once closed
+	mu      sync.Mutex // guards what follows
+	users   int        // who need the file open
+	f       *os.File   // nil while nobody does
+	wd      int32
 	start   int64         // what is before is gone
 	size    int64         // what viewers may read up to
 	changed chan struct{} // closed, and another put in its place, at each change
 	live    bool          // a VM may still print
+	closed  bool
 }
 
-// OpenLog opens the file at path, which it makes if need be, with this mode.
-func OpenLog(w *Watcher, path string) (*Log, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_APPEND, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	l := &Log{w: w, f: f, keep: Keep, changed: make(chan struct{})}
-	if l.start, err = unix.Seek(int(f.Fd()), 0, unix.SEEK_DATA); err != nil {
-		l.start = 0 // empty, or no such thing here: then the hole reads as zeros
-	}
-	if err := unix.SetNonblock(int(f.Fd()), false); err != nil {
-		f.Close()
-		return nil, err
-	}
-	if l.wd, err = w.add(path, l); err != nil {
-		f.Close()
-		return nil, err
-	}
-	l.refresh()
-	return l, nil
+// NewLog is the log in the file at path, which is made when it is needed.
+func NewLog(w *Watcher, path string) *Log {
+	return &Log{w: w, path: path, keep: Keep, changed: make(chan struct{})}
 }
 
-// Close lets go of the file; viewers end.
-func (l *Log) Close() error {
-	l.w.remove(l.wd)
+// open opens the file for one more user.
+func (l *Log) open() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.f == nil {
-		return nil
+	if l.closed {
+		return os.ErrClosed
 	}
-	err := l.f.Close()
+	if l.f == nil {
+		f, err := os.OpenFile(l.path, os.O_RDWR|os.O_CREATE|os.O_APPEND, 0o600)
+		if err != nil {
+			return err
+		}
+		if l.wd, err = l.w.add(l.path, l); err != nil {
+			f.Close()
+			return err
+		}
+		conn, err := f.SyscallConn()
+		if err == nil {
+			err = conn.Control(func(fd uintptr) {
+				// Before the first data is what was given back. Empty, or no such thing here: then all is readable.
+				if l.start, err = unix.Seek(int(fd), 0, unix.SEEK_DATA); err != nil {
+					l.start = 0
+				}
+			})
+		}
+		if err != nil {
+			f.Close()
+			return err
+		}
+		l.f, l.size = f, 0
+		l.refreshLocked()
+	}
+	l.users++
+	return nil
+}
+
+// done closes the file after its last user.
+func (l *Log) done() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.users--
+	l.shutLocked()
+}
+
+func (l *Log) shutLocked() {
+	if l.f == nil || l.users > 0 && !l.closed {
+		return
+	}
+	l.w.remove(l.wd)
+	l.f.Close()
 	l.f = nil
-	l.live = false
 	l.wakeLocked()
-	return err
+}
+
+// Close ends the log; viewers end too.
+func (l *Log) Close() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.closed, l.live = true, false
+	l.shutLocked()
+	return nil
 }
 
 // SetLive says whether more may come: viewers that follow end when all is read and nothing lives.
-func (l *Log) SetLive(live bool) {
+func (l *Log) SetLive(live bool) error {
+	if live {
+		if err := l.open(); err != nil {
+			return err
+		}
+	}
 	l.refresh()
 	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.live = live
+	was := l.live
+	l.live = live && !l.closed
 	l.wakeLocked()
+	l.mu.Unlock()
+	if was { // the hold of before
+		l.done()
+	}
+	return nil
 }
 
-// Append adds output that did not come into the file by itself.
+// Append adds output that did not come into the file by itself, to a log that is live.
 func (l *Log) Append(b []byte) error {
 	l.mu.Lock()
 	f := l.f
@@ -105,6 +150,10 @@ func (l *Log) wakeLocked() {
 func (l *Log) refresh() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.refreshLocked()
+}
+
+func (l *Log) refreshLocked() {
 	if l.f == nil {
 		return
 	}
@@ -127,7 +176,13 @@ func (l *Log) refresh() {
 
 func (l *Log) trimLocked() {
 	to := (l.size - l.keep) / holeAlign * holeAlign
-	err := unix.Fallocate(int(l.f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, to)
+	conn, err := l.f.SyscallConn()
+	if err != nil {
+		return
+	}
+	var perr error
+	err = conn.Control(func(fd uintptr) { perr = punch(int(fd), to) })
+	err = errors.Join(err, perr)
 	if err == nil {
 		l.start = to
 		return
@@ -138,7 +193,11 @@ func (l *Log) trimLocked() {
 	}
 }
 
-// End is the offset after the last byte, and Start that of the first that is still there.
+func punch(fd int, to int64) error {
+	return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, to)
+}
+
+// bounds are the offset of the first byte that is still there, and that after the last.
 func (l *Log) bounds() (start, end int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -149,6 +208,13 @@ func (l *Log) bounds() (start, end int64) {
 // until the log is no longer live, or there is nothing to follow (io.EOF), stop is closed (nil), or out fails. A viewer too slow for the
 // guest is told how much it missed.
 func (l *Log) Read(stop <-chan struct{}, replay int64, follow bool, out func([]byte) error) error {
+	if err := l.open(); err != nil {
+		if errors.Is(err, os.ErrClosed) {
+			return io.EOF
+		}
+		return err
+	}
+	defer l.done()
 	start, end := l.bounds()
 	pos := max(start, end-max(0, replay))
 	buf := make([]byte, 32<<10)
