@@ -32,7 +32,7 @@ type Objects struct {
 
 	mu      sync.Mutex
 	next    uint32
-	byText  []slot   // direct-mapped by hash
+	byText  []slot   // by hash, in sets of ways
 	byNum   []slot   // direct-mapped by number
 	pending []string // interned since the last Done: numbers next-len … next-1
 	fresh   map[string]uint32
@@ -60,8 +60,22 @@ func (d *Objects) Next() uint32 {
 	return d.next
 }
 
+// ways is how many places an id has in byText.
+const ways = 4
+
+// setLocked is the places of a hash.
+func (d *Objects) setLocked(h uint64) []slot {
+	i := h & uint64(len(d.byText)/ways-1) * ways
+	return d.byText[i : i+ways]
+}
+
+// putLocked remembers an id; of those in the same places the one that was put first goes.
 func (d *Objects) putLocked(text string, num uint32) {
-	d.byText[maphash.String(d.seed, text)&uint64(len(d.byText)-1)] = slot{text, num}
+	set := d.setLocked(maphash.String(d.seed, text))
+	if set[0].num != num {
+		copy(set[1:], set)
+		set[0] = slot{text, num}
+	}
 	d.byNum[num&uint32(len(d.byNum)-1)] = slot{text, num}
 }
 
@@ -69,9 +83,11 @@ func (d *Objects) putLocked(text string, num uint32) {
 func (d *Objects) Find(text []byte) (num uint32, ok bool, err error) {
 	h := maphash.Bytes(d.seed, text)
 	d.mu.Lock()
-	if s := d.byText[h&uint64(len(d.byText)-1)]; s.num != 0 && s.text == string(text) {
-		d.mu.Unlock()
-		return s.num, true, nil
+	for _, s := range d.setLocked(h) {
+		if s.num != 0 && s.text == string(text) {
+			d.mu.Unlock()
+			return s.num, true, nil
+		}
 	}
 	num, ok = d.fresh[string(text)]
 	d.mu.Unlock()

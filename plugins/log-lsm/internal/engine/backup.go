@@ -19,8 +19,8 @@ import (
 	"github.com/mvirt/mvirt/sdk/errs"
 )
 
-// A backup is a tar stream: first manifest.json, then the files of a Pebble checkpoint under store/, each as
-// the manifest says, and nothing else.
+// A backup is a tar stream: first manifest.json, then the files of a Pebble checkpoint (db/) and of the log of
+// what is not packed (raw/) under store/, each as the manifest says, and nothing else.
 const (
 	backupVersion  = 1
 	manifestName   = "manifest.json"
@@ -56,18 +56,20 @@ func (s *Store) Backup(ctx context.Context, w io.Writer) error {
 		return err
 	}
 	m := manifest{Format: backupFormat, Version: backupVersion, Store: formatVersion, Made: s.opt.Now().UTC()}
-	names, err := s.opt.FS.List(dir)
-	if err != nil {
-		return errs.Wrap(kind(err), err, "list the copy")
-	}
-	slices.Sort(names)
-	for _, n := range names {
-		f, err := s.sum(ctx, s.opt.FS.PathJoin(dir, n))
+	for _, sub := range []string{dbDir, rawDir} {
+		names, err := s.opt.FS.List(s.opt.FS.PathJoin(dir, sub))
 		if err != nil {
-			return errs.Wrap(kind(err), err, "read the copy")
+			return errs.Wrap(kind(err), err, "list the copy")
 		}
-		f.Name = n
-		m.Files = append(m.Files, f)
+		slices.Sort(names)
+		for _, n := range names {
+			f, err := s.sum(ctx, s.opt.FS.PathJoin(dir, sub, n))
+			if err != nil {
+				return errs.Wrap(kind(err), err, "read the copy")
+			}
+			f.Name = sub + "/" + n
+			m.Files = append(m.Files, f)
+		}
 	}
 	head, err := json.MarshalIndent(m, "", " ")
 	if err != nil {
@@ -109,8 +111,43 @@ func (s *Store) checkpoint(dir string) error {
 		return errClosed()
 	default:
 	}
-	err := guard(func() error { return s.db.Checkpoint(dir, pebble.WithFlushedWAL()) })
+	// Nothing is packed meanwhile, so nothing of the log is let go that the checkpoint does not have.
+	s.sealMu.Lock()
+	defer s.sealMu.Unlock()
+	fs := s.opt.FS
+	copyRaw := func() error {
+		if err := fs.MkdirAll(fs.PathJoin(dir, rawDir), 0o700); err != nil {
+			return err
+		}
+		for _, f := range s.raw.Files() {
+			if err := copyFile(fs, fs.PathJoin(s.opt.Dir, storeDir, rawDir, f.Name), fs.PathJoin(dir, rawDir, f.Name), f.Size); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	err := fs.MkdirAll(dir, 0o700)
+	if err == nil {
+		err = guard(func() error { return s.db.Checkpoint(fs.PathJoin(dir, dbDir), pebble.WithFlushedWAL()) })
+	}
+	if err == nil {
+		err = copyRaw()
+	}
 	return errs.Wrap(kind(err), err, "make a consistent copy of the store")
+}
+
+func copyFile(fs vfs.FS, from, to string, size int64) error {
+	in, err := fs.Open(from)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	out, err := fs.Create(to, vfs.WriteCategoryUnspecified)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(out, io.NewSectionReader(in, 0, size))
+	return errors.Join(err, out.Close())
 }
 
 func (s *Store) sum(ctx context.Context, path string) (manifestFile, error) {
@@ -160,7 +197,7 @@ func unpack(ctx context.Context, fs vfs.FS, dir string, r io.Reader) (path strin
 	if err := fs.RemoveAll(path); err != nil {
 		return "", err
 	}
-	if err := fs.MkdirAll(path, 0o700); err != nil {
+	if err := errors.Join(fs.MkdirAll(fs.PathJoin(path, dbDir), 0o700), fs.MkdirAll(fs.PathJoin(path, rawDir), 0o700)); err != nil {
 		return "", err
 	}
 	defer func() {
@@ -186,14 +223,15 @@ func unpack(ctx context.Context, fs vfs.FS, dir string, r io.Reader) (path strin
 			Because("FORMAT_NEWER").Do("restore with the version of the log plugin that made it, or a newer one")
 	}
 	for _, f := range m.Files {
-		if f.Name == "" || strings.ContainsAny(f.Name, "/\\\x00") || f.Name == "." || f.Name == ".." {
+		sub, base, _ := strings.Cut(f.Name, "/")
+		if sub != dbDir && sub != rawDir || base == "" || strings.ContainsAny(base, "/\\\x00") || base == "." || base == ".." {
 			return "", bad("a file is called %q", f.Name)
 		}
 		h, err := tr.Next()
 		if err != nil || h.Name != backupStoreDir+f.Name || h.Size != f.Size || h.Typeflag != tar.TypeReg {
 			return "", bad("file %s is not where the manifest says (%v)", f.Name, err)
 		}
-		if err := unpackFile(fs, fs.PathJoin(path, f.Name), tr, f.SHA256); err != nil {
+		if err := unpackFile(fs, fs.PathJoin(path, sub, base), tr, f.SHA256); err != nil {
 			if errors.Is(err, errSum) || errors.Is(err, io.ErrUnexpectedEOF) {
 				return "", bad("file %s: %v", f.Name, err)
 			}
@@ -203,7 +241,7 @@ func unpack(ctx context.Context, fs vfs.FS, dir string, r io.Reader) (path strin
 	if _, err := tr.Next(); !errors.Is(err, io.EOF) {
 		return "", bad("it goes on behind its last file (%v)", err)
 	}
-	return path, syncDir(fs, path)
+	return path, errors.Join(syncDir(fs, fs.PathJoin(path, dbDir)), syncDir(fs, fs.PathJoin(path, rawDir)), syncDir(fs, path))
 }
 
 var errSum = errors.New("its checksum does not agree")

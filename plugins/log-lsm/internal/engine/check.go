@@ -168,12 +168,6 @@ func (c *checker) keyspaces(sn *snapshot) {
 			c.bad("id %q belongs to no segment", k[1:])
 		}
 	})
-	c.each([]byte{keys.Raw}, func(k, v []byte) {
-		l, first, err := keys.ParseRaw(k)
-		if err != nil || l == 0 || l >= levels || first < sn.mem[l] {
-			c.bad("raw entries %x should have been deleted (%v)", k, err)
-		}
-	})
 }
 
 // segment compares a segment's rows with everything that is derived from them.

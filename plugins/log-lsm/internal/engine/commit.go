@@ -5,12 +5,12 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
-
-	"github.com/cockroachdb/pebble/v2"
+	"sync"
 
 	"github.com/mvirt/mvirt/plugins/log-lsm/internal/head"
-	"github.com/mvirt/mvirt/plugins/log-lsm/internal/keys"
+	"github.com/mvirt/mvirt/plugins/log-lsm/internal/rawlog"
 	"github.com/mvirt/mvirt/plugins/log-lsm/internal/rec"
+	"github.com/mvirt/mvirt/plugins/log-lsm/internal/steadyfs"
 	"github.com/mvirt/mvirt/sdk/errs"
 	"github.com/mvirt/mvirt/sdk/log"
 )
@@ -32,7 +32,7 @@ type request struct {
 // group is one commit.
 type group struct {
 	reqs  []*request
-	batch *pebble.Batch
+	total int // entries written
 	added [levels]int
 	heads [levels]*head.Head
 	err   error
@@ -141,11 +141,14 @@ func (s *Store) collect(r *request) *group {
 	return g
 }
 
-// write leaves out what is there already, writes the batch to the log without waiting for the disk, and puts
+// write leaves out what is there already, writes the rest to the log without waiting for the disk, and puts
 // the entries into the heads, not visible yet.
 func (s *Store) write(g *group) {
 	if s.full.is() || s.low.Load() {
 		g.err = s.noSpace()
+		return
+	}
+	if g.err = s.broken.get(); g.err != nil {
 		return
 	}
 	if g.err = s.waitRoom(); g.err != nil {
@@ -177,10 +180,9 @@ func (s *Store) write(g *group) {
 			items[it.Level] = append(items[it.Level], it)
 		}
 	}
-	b := s.db.NewBatch()
 	chain := s.chain
 	var tails []byte
-	n := 0
+	parts := make([]rawlog.Part, 0, levels)
 	for l := byte(1); l < levels; l++ {
 		if len(items[l]) == 0 {
 			continue
@@ -201,30 +203,24 @@ func (s *Store) write(g *group) {
 			v = binary.AppendUvarint(v, uint64(len(it.Rec)))
 			v = append(v, it.Rec...)
 		}
-		n += len(items[l])
-		if err := b.Set(keys.RawKey(l, s.active[l].First+uint64(s.active[l].Len())), v, nil); err != nil {
-			g.err = errs.Wrap(errs.Internal, err, "build a batch")
-			return
-		}
+		g.total += len(items[l])
+		parts = append(parts, rawlog.Part{Level: l, First: s.active[l].First + uint64(s.active[l].Len()), Count: len(items[l]), Data: v})
 	}
-	if n == 0 {
-		_ = b.Close()
+	if g.total == 0 {
 		return
 	}
-	if len(items[auditLevel]) > 0 {
-		if err := b.Set(keys.BytesKey(keys.Misc, []byte(miscChain)), chain.encode(), nil); err != nil {
-			g.err = errs.Wrap(errs.Internal, err, "build a batch")
-			return
-		}
-	}
-	if err := guard(func() error { return s.db.ApplyNoSyncWait(b, pebble.Sync) }); err != nil {
-		g.err = errs.Wrap(kind(err), err, "write to the log")
+	if err := s.raw.Append(parts); err != nil {
+		g.total = 0
+		g.err = s.writeError(err)
 		return
+	}
+	if s.rawFull {
+		s.rawFull = false
+		s.conds.clear(condFull, auditLevel)
 	}
 	s.chain = chain
-	g.batch = b
 	s.stats.groups.Add(1)
-	s.stats.appended.Add(uint64(n))
+	s.stats.appended.Add(uint64(g.total))
 	s.mu.Lock()
 	for l := byte(1); l < levels; l++ {
 		h := s.active[l]
@@ -317,6 +313,15 @@ func (s *Store) freezeFullLocked() {
 		s.freeze(largest, 0)
 		s.kickSealer()
 	}
+	// A level with few entries must not keep the log of all.
+	if old := s.raw.Oldest(s.opt.RawBytes); old != nil {
+		for l := byte(1); l < levels; l++ {
+			if s.active[l].Len() > 0 && s.active[l].First < old[l] {
+				s.freeze(l, 0)
+				s.kickSealer()
+			}
+		}
+	}
 }
 
 func (s *Store) kickSealer() {
@@ -326,26 +331,94 @@ func (s *Store) kickSealer() {
 	}
 }
 
-// syncLoop waits for the disk and answers.
+// syncLoop makes groups durable, shows their entries and answers. All groups that wait share one sync.
 func (s *Store) syncLoop() {
 	defer s.wg.Done()
 	defer close(s.stopped)
 	for g := range s.synced {
-		if g.batch != nil {
-			if err := guard(g.batch.SyncWait); err != nil {
-				g.err = errs.Wrap(kind(err), err, "sync the log")
-				s.log.Error("entries may not be durable", "error", err)
+		groups := []*group{g}
+	more:
+		for {
+			select {
+			case g, ok := <-s.synced:
+				if !ok {
+					break more
+				}
+				groups = append(groups, g)
+			default:
+				break more
 			}
-			if err := g.batch.Close(); err != nil {
-				s.log.Warn("batch does not close", "error", err)
-			}
+		}
+		total := 0
+		for _, g := range groups {
+			total += g.total
+		}
+		var err error
+		if total > 0 {
+			err = s.sync()
+		}
+		for _, g := range groups {
 			if g.err == nil {
+				g.err = err
+			}
+			if g.err == nil && g.total > 0 {
 				s.show(g)
 			}
+			for _, r := range g.reqs {
+				r.done <- g.err
+			}
 		}
-		for _, r := range g.reqs {
-			r.done <- g.err
-		}
+	}
+}
+
+// sync makes the log durable. When that fails nobody knows what is on disk: what was written since the last
+// sync is in the heads with numbers that the chain and later entries build on, so the store takes no more
+// until it is opened again, which reads what there is.
+func (s *Store) sync() error {
+	if err := s.broken.get(); err != nil {
+		return err
+	}
+	err := s.raw.Sync()
+	if err == nil {
+		return nil
+	}
+	e := &errs.Error{Op: "log.Append", Kind: errs.Unavailable, Message: "the disk did not make entries durable; the log takes no more until it is started again", Err: err,
+		Remedy: "check the disk of the log's data directory, then restart the log plugin"}
+	if steadyfs.NoSpace(err) {
+		e.Kind = errs.Exhausted
+	}
+	s.conds.set(condBroken, 0, e.Message+": "+err.Error())
+	s.broken.set(e)
+	return e
+}
+
+// writeError is the answer to an append that could not be written, and is as if it had not been tried.
+func (s *Store) writeError(err error) error {
+	if steadyfs.NoSpace(err) {
+		s.conds.set(condFull, auditLevel, "the disk of the log is full; entries are refused, reading goes on")
+		s.rawFull = true
+		return s.noSpace()
+	}
+	return errs.Wrap(kind(err), err, "write to the log")
+}
+
+// sticky is an error that stays.
+type sticky struct {
+	mu  sync.Mutex
+	err error
+}
+
+func (s *sticky) get() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.err
+}
+
+func (s *sticky) set(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err == nil {
+		s.err = err
 	}
 }
 

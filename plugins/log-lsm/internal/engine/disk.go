@@ -19,12 +19,14 @@ const (
 	condFull    = "DISK_FULL"
 	condLow     = "DISK_LOW"
 	condEngine  = "LOG_ENGINE_ERROR"
+	condBroken  = "LOG_NOT_DURABLE"
 )
 
 var remedies = map[string]string{
 	condCorrupt: "restore the log from a backup; what is readable stays readable, and `mvirt-log check` names what is not",
 	condFull:    "free space, or lower --retain-age and --retain-size; the log goes on by itself",
 	condLow:     "free space, or lower --retain-age and --retain-size; the log goes on by itself",
+	condBroken:  "check the disk of the log's data directory, then restart the log plugin",
 	condEngine:  "look at the log plugin's own messages; if it lasts, check the disk",
 }
 

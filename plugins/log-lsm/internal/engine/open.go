@@ -18,9 +18,11 @@ import (
 	"github.com/mvirt/mvirt/plugins/log-lsm/internal/dict"
 	"github.com/mvirt/mvirt/plugins/log-lsm/internal/head"
 	"github.com/mvirt/mvirt/plugins/log-lsm/internal/keys"
+	"github.com/mvirt/mvirt/plugins/log-lsm/internal/rawlog"
 	"github.com/mvirt/mvirt/plugins/log-lsm/internal/rec"
 	"github.com/mvirt/mvirt/plugins/log-lsm/internal/steadyfs"
 	"github.com/mvirt/mvirt/sdk/errs"
+	"github.com/mvirt/mvirt/sdk/log"
 )
 
 // formatVersion is the version of the whole layout. A store of a newer version is refused.
@@ -29,8 +31,8 @@ const formatVersion = 1
 // Names in the Misc key space.
 const (
 	miscFormat = "format" // uint32
-	miscChain  = "chain"  // arrival number (8) and hash (32) of the newest audit entry
-	miscAnchor = "anchor" // the same of the newest audit entry that retention has removed
+	miscChain  = "chain"  // arrival number (8) and hash (32) behind the newest packed audit entry
+	miscAnchor = "anchor" // the same behind the newest audit entry that retention has removed
 	miscLevel  = "level"  // + level: next segment (4) and next arrival number (8) behind all packed entries
 )
 
@@ -58,9 +60,9 @@ func (s *Store) pebbleOptions() *pebble.Options {
 		l.IndexBlockSize = 16 << 10
 		// For lookups of ids and objects that are not there.
 		l.FilterPolicy = bloom.FilterPolicy(10)
-		l.Compression = func() *block.CompressionProfile { return block.SnappyCompression }
+		// What is packed is dense: trying to compress it takes a fifth of all time for nothing.
+		l.Compression = func() *block.CompressionProfile { return block.NoCompression }
 	}
-	o.Levels[6].Compression = func() *block.CompressionProfile { return block.ZstdCompression }
 	// A tombstone over deleted segments is compacted away though nothing else happens.
 	o.FlushDelayDeleteRange = 10 * time.Second
 	return o
@@ -85,6 +87,9 @@ func Open(opt Options) (*Store, error) {
 	if err == nil {
 		if err = s.load(); err != nil {
 			_ = guard(s.db.Close)
+			if s.raw != nil {
+				_ = s.raw.Close()
+			}
 		}
 	}
 	if err != nil {
@@ -111,7 +116,9 @@ func Open(opt Options) (*Store, error) {
 // Names in the data directory.
 const (
 	lockName   = "LOCK"      // held while a store is open
-	storeDir   = "store"     // Pebble's
+	storeDir   = "store"     // everything that is kept, in the two directories that follow
+	dbDir      = "db"        // Pebble's
+	rawDir     = "raw"       // entries that are not packed yet
 	readyDir   = "store.new" // a restored store, complete, that takes the place of the other
 	restoreDir = ".restore"  // a restored store, incomplete
 	backupDir  = ".backup"   // + number: a copy that is being streamed
@@ -124,7 +131,7 @@ func (s *Store) prepareDir() error {
 	if s.lock, err = fs.Lock(fs.PathJoin(dir, lockName)); err != nil {
 		return errs.Wrap(errs.Conflict, err, "another process has the log in %s open", dir)
 	}
-	s.dir = fs.PathJoin(dir, storeDir)
+	s.dir = fs.PathJoin(dir, storeDir, dbDir)
 	if s.opt.ReadOnly {
 		return nil
 	}
@@ -140,9 +147,14 @@ func (s *Store) prepareDir() error {
 		}
 	}
 	if slices.Contains(names, readyDir) {
-		return install(fs, dir)
+		if err := install(fs, dir); err != nil {
+			return err
+		}
 	}
-	return nil
+	if err := fs.MkdirAll(s.dir, 0o700); err != nil {
+		return err
+	}
+	return errors.Join(syncDir(fs, fs.PathJoin(dir, storeDir)), syncDir(fs, dir))
 }
 
 // install puts a restored store in its place.
@@ -202,31 +214,29 @@ func (s *Store) load() error {
 	if err := s.chain.load(s); err != nil {
 		return err
 	}
-	for l := byte(1); l < levels; l++ {
-		if err := s.loadRaw(l); err != nil {
-			return err
-		}
+	if err := s.loadRaw(); err != nil {
+		return err
 	}
 	s.joinChain()
 	return nil
 }
 
-// joinChain compares the recorded end of the audit chain with the entries. When entries are missing their
-// numbers stay free, so that a verification says so for ever; the chain goes on from its recorded end.
+// joinChain carries the audit chain from its end among the packed entries to the newest. When there are fewer
+// entries than the recorded end says, their numbers stay free, so that a verification says so for ever.
 func (s *Store) joinChain() {
-	h := s.active[auditLevel]
-	next := h.First + uint64(h.Len())
+	next := s.active[auditLevel].First + uint64(s.active[auditLevel].Len())
 	switch {
 	case s.chain.n > next:
 		s.conds.set(condCorrupt, auditLevel, fmt.Sprintf("the newest %d audit entries, from number %d on, are gone", s.chain.n-next, next))
 		s.freeze(auditLevel, s.chain.n)
 	case s.chain.n < next:
-		s.conds.set(condCorrupt, auditLevel, "the recorded end of the audit chain is not that of the newest entry")
-		s.chain.n = next
-		if v := h.All(); v.Len() > 0 {
-			_, tail := v.Rec(v.Len() - 1)
-			copy(s.chain.hash[:], tail)
+		for _, h := range append(slices.Clone(s.frozen[auditLevel]), s.active[auditLevel]) {
+			if v := h.All(); v.Len() > 0 {
+				_, tail := v.Rec(v.Len() - 1)
+				copy(s.chain.hash[:], tail)
+			}
 		}
+		s.chain.n = next
 	}
 }
 
@@ -363,59 +373,59 @@ func (s *Store) readSegment(key []byte, l byte, id uint32) (*segment, error) {
 	return decodeSegment(l, id, v)
 }
 
-// loadRaw fills a level's head with what has not been packed.
-func (s *Store) loadRaw(l byte) error {
-	prefix := []byte{keys.Raw, l}
-	it, err := s.db.NewIter(&pebble.IterOptions{LowerBound: prefix, UpperBound: keys.End(prefix)})
-	if err != nil {
-		return err
-	}
-	tail := 0
-	if l == auditLevel {
-		tail = hashLen
-	}
-	var p preparer
-	p.seed = s.seed
-	for ok := it.First(); ok; ok = it.Next() {
-		_, first, err := keys.ParseRaw(it.Key())
-		if err != nil {
-			_ = it.Close()
-			return err
+// loadRaw fills the heads with what has not been packed.
+func (s *Store) loadRaw() error {
+	p := preparer{seed: s.seed}
+	part := func(r rawlog.Part) error {
+		l := r.Level
+		if l == 0 || l >= levels {
+			return fmt.Errorf("level %d", l)
 		}
-		h := s.active[l]
-		if first < h.First+uint64(h.Len()) {
-			_ = it.Close()
-			return fmt.Errorf("entries %d of level %d stand twice in the log", first, l)
+		bad := func(n uint64) {
+			s.conds.set(condCorrupt, l, fmt.Sprintf("entry %d of level %s cannot be read", n, log.Level(l)))
 		}
-		if first > h.First+uint64(h.Len()) {
-			s.conds.set(condCorrupt, l, fmt.Sprintf("%d entries of level %d are missing before number %d", first-h.First-uint64(h.Len()), l, first))
-			s.freeze(l, first)
+		tail := 0
+		if l == auditLevel {
+			tail = hashLen
 		}
-		b := it.Value()
-		for len(b) > 0 {
-			n, k := binary.Uvarint(b)
-			if k <= 0 || n > uint64(len(b)-k) || int(n) < tail {
-				s.conds.set(condCorrupt, l, fmt.Sprintf("entries behind number %d of level %d cannot be read", first, l))
-				break
+		b := r.Data
+		for n := r.First; n < r.First+uint64(r.Count); n++ {
+			size, k := binary.Uvarint(b)
+			if k <= 0 || size > uint64(len(b)-k) || int(size) < tail {
+				bad(n)
+				return nil
 			}
-			r := b[k : k+int(n)]
-			b = b[k+int(n):]
-			item, err := p.parse(r[:len(r)-tail])
+			e := b[k : k+int(size)]
+			b = b[k+int(size):]
+			next := s.active[l].First + uint64(s.active[l].Len())
+			if n < next {
+				continue // packed already, or written again after a failed write
+			}
+			if n > next {
+				s.conds.set(condCorrupt, l, fmt.Sprintf("%d entries of level %s are missing before number %d", n-next, log.Level(l), n))
+				s.freeze(l, n)
+			}
+			item, err := p.parse(e[:len(e)-tail])
 			if err != nil {
-				s.conds.set(condCorrupt, l, fmt.Sprintf("an entry behind number %d of level %d cannot be read", first, l))
-				break
+				bad(n)
+				continue
 			}
-			s.active[l].Add(&item, r[len(r)-tail:])
+			s.active[l].Add(&item, e[len(e)-tail:])
 			s.active[l].Show(1)
+			if s.active[l].Len() >= s.opt.SegmentRows {
+				s.freeze(l, 0)
+			}
+			p.objs = p.objs[:0]
 		}
-		if s.active[l].Len() >= s.opt.SegmentRows {
-			s.freeze(l, 0)
-		}
+		return nil
 	}
-	if err := it.Close(); err != nil {
-		s.conds.set(condCorrupt, l, fmt.Sprintf("newest entries of level %d cannot be read: %v", l, err))
+	var damages []rawlog.Damage
+	var err error
+	s.raw, damages, err = rawlog.Open(s.opt.FS, s.opt.FS.PathJoin(s.opt.Dir, storeDir, rawDir), levels, s.opt.ReadOnly, part)
+	for _, d := range damages {
+		s.conds.set(condCorrupt, 0, "the log of entries not packed yet is damaged: "+d.String())
 	}
-	return nil
+	return err
 }
 
 // freeze hands a level's head to the sealer and begins a new one, at next or right behind. It is called

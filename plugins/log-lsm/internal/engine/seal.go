@@ -146,19 +146,49 @@ func (p *packer) seal(h *head.Head) error {
 	err := errors.Join(
 		s.objects.Flush(b),
 		s.shapes.Flush(b),
-		b.DeleteRange(keys.RawKey(h.Level, 0), keys.RawKey(h.Level, seg.end()), nil),
 		b.Set(keys.BytesKey(keys.Misc, fmt.Append(nil, miscLevel, h.Level)), levelCounter(seg.id+1, seg.end()), nil),
 	)
 	if err != nil {
 		return err
 	}
-	// Not synced: until this is durable the raw entries are, and they go in the same batch.
-	if err := guard(func() error { return s.db.Apply(b, pebble.NoSync) }); err != nil {
+	if h.Level == auditLevel {
+		st := chainState{n: seg.end()}
+		_, tail := v.Rec(v.Len() - 1)
+		copy(st.hash[:], tail)
+		if err := b.Set(keys.BytesKey(keys.Misc, []byte(miscChain)), st.encode(), nil); err != nil {
+			return err
+		}
+	}
+	// Synced, because the entries in the log are let go afterwards.
+	if err := guard(func() error { return s.db.Apply(b, pebble.Sync) }); err != nil {
 		return err
 	}
 	s.objects.Done()
 	s.shapes.Done()
 	s.stats.seals.Add(1)
+	s.install(h, seg)
+	s.releaseRaw()
+	return nil
+}
+
+// releaseRaw lets go of the log's files whose entries are all packed.
+func (s *Store) releaseRaw() {
+	packed := make([]uint64, levels)
+	s.mu.RLock()
+	for l := 1; l < levels; l++ {
+		packed[l] = s.active[l].First
+		if len(s.frozen[l]) > 0 {
+			packed[l] = s.frozen[l][0].First
+		}
+	}
+	s.mu.RUnlock()
+	if err := s.raw.Release(packed); err != nil {
+		s.log.Warn("files of the log are not removed; the next start does it", "error", err)
+	}
+}
+
+// install puts a segment in the place of its head.
+func (s *Store) install(h *head.Head, seg *segment) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.nextSeg[h.Level]++
@@ -167,7 +197,6 @@ func (p *packer) seal(h *head.Head) error {
 	s.segs[h.Level] = table
 	s.frozen[h.Level] = slices.Delete(slices.Clone(s.frozen[h.Level]), 0, 1)
 	s.roomy.Broadcast()
-	return nil
 }
 
 func levelCounter(nextSeg uint32, nextFirst uint64) []byte {

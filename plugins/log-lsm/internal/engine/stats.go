@@ -45,7 +45,7 @@ func (s *Store) Stats(context.Context) (log.Stats, error) {
 	}
 	st.Objects = uint64(s.objects.Next() - 1)
 	m := s.db.Metrics()
-	st.DiskBytes = m.DiskSpaceUsage()
+	st.DiskBytes = m.DiskSpaceUsage() + s.raw.Size()
 	var mem runtime.MemStats
 	runtime.ReadMemStats(&mem)
 	st.MemoryBytes = mem.Sys - mem.HeapReleased

@@ -4,15 +4,16 @@
 // # How it works
 //
 // An append is encoded by its caller and handed to the committer, a single goroutine that takes all that
-// waits, leaves out what is already stored, and writes one Pebble batch (key space Raw, one key a level) to
-// Pebble's log. A second goroutine waits for the disk, shows the entries to readers and answers the callers;
-// meanwhile the committer builds the next batch. This is the group commit.
+// waits, leaves out what is already stored, and writes one record to the log (package rawlog). A second
+// goroutine syncs it, shows the entries to readers and answers the callers; meanwhile the committer writes
+// the next record. This is the group commit.
 //
-// Each level has a head: its newest entries in memory, in order of arrival. Full heads go to the sealer, which
-// sorts them by (time, id), packs them into blocks of columns, and writes blocks, postings, filter and
-// dictionary, and the deletion of the raw entries, in one atomic batch. After a crash the heads are read
-// back from Raw. So an entry is at any moment in exactly one of the two, and its postings are in the same
-// batch as its block.
+// Each level has a head: its newest entries in memory, in the order of arrival. The entries of a level are
+// numbered in that order, for ever. Full heads go to the sealer, which sorts them by (time, id), packs them
+// into blocks of columns, and writes blocks, postings, filter, dictionary and the number up to which the
+// level is packed in one atomic and synced Pebble batch. Then the files of the log that hold nothing newer
+// are let go. At start the heads are read back from the log, from the packed number on: so an entry is at
+// any moment in exactly one of the two, and its postings are in the same batch as its block.
 //
 // A segment holds one level, so that levels are kept for different times and a query for errors does not
 // read debug entries. docs/formats-log.md has the layout.
@@ -35,6 +36,7 @@ import (
 	"github.com/mvirt/mvirt/plugins/log-lsm/internal/block"
 	"github.com/mvirt/mvirt/plugins/log-lsm/internal/dict"
 	"github.com/mvirt/mvirt/plugins/log-lsm/internal/head"
+	"github.com/mvirt/mvirt/plugins/log-lsm/internal/rawlog"
 	"github.com/mvirt/mvirt/plugins/log-lsm/internal/steadyfs"
 	"github.com/mvirt/mvirt/sdk/errs"
 )
@@ -59,6 +61,8 @@ type Options struct {
 	// HeadBytes bounds the entries in memory that are not packed yet, over all levels; 24 MiB. While a
 	// sealed part is being written, as much again may be in memory.
 	HeadBytes int
+	// RawBytes is when the log of what is not packed is cut short by packing; 64 MiB.
+	RawBytes int64
 	// MinFree is the free space in bytes below which appends are refused; 64 MiB.
 	MinFree uint64
 	// PollDisk is how often free space is looked at; one second.
@@ -78,6 +82,7 @@ type Store struct {
 	fs    *steadyfs.FS
 	lock  io.Closer
 	dir   string // of Pebble
+	raw   *rawlog.Log
 	cache *pebble.Cache
 	db    *pebble.DB
 	seed  maphash.Seed
@@ -102,6 +107,9 @@ type Store struct {
 	chain    chainState
 	idSeg    idCache
 	groupIDs groupIDs
+	rawFull  bool // the last write to the log found no space
+
+	broken sticky // the log could not be synced
 
 	mu      sync.RWMutex
 	active  [levels]*head.Head
@@ -153,6 +161,9 @@ func (o *Options) defaults() {
 	}
 	if o.HeadBytes == 0 {
 		o.HeadBytes = 24 << 20
+	}
+	if o.RawBytes == 0 {
+		o.RawBytes = 64 << 20
 	}
 	if o.MinFree == 0 {
 		o.MinFree = 64 << 20
@@ -214,7 +225,7 @@ func (s *Store) close(ctx context.Context) error {
 	}
 	s.life.Lock()
 	defer s.life.Unlock()
-	err := guard(func() error { return s.db.Close() })
+	err := errors.Join(s.raw.Close(), guard(func() error { return s.db.Close() }))
 	s.cache.Unref()
 	return errors.Join(err, s.lock.Close())
 }

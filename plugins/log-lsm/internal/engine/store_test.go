@@ -299,7 +299,7 @@ func TestLocked(t *testing.T) {
 // tamper opens the store's Pebble behind its back.
 func tamper(t testing.TB, fs vfs.FS, fn func(db *pebble.DB)) {
 	t.Helper()
-	db, err := pebble.Open(fs.PathJoin("log", storeDir), &pebble.Options{FS: fs, Logger: quiet{}, FormatMajorVersion: pebble.FormatNewest})
+	db, err := pebble.Open(fs.PathJoin("log", storeDir, dbDir), &pebble.Options{FS: fs, Logger: quiet{}, FormatMajorVersion: pebble.FormatNewest})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -61,7 +61,7 @@ type verifier struct {
 
 func (v *verifier) run() error {
 	s := v.s
-	// The end of the chain is read first: entries that come after it are beyond it.
+	// The recorded end is that of the packed entries; what is in memory comes behind it.
 	raw, err := s.misc(miscChain)
 	if err != nil {
 		return s.damaged(auditLevel, err)
@@ -83,6 +83,9 @@ func (v *verifier) run() error {
 			return err
 		}
 		v.walk(links)
+		if v.any && v.state.n == end.n && v.state.hash != end.hash {
+			v.note(v.last.id, v.last.time, "edited", "the newest packed entry does not agree with the recorded end of the chain")
+		}
 		if err := v.ctx.Err(); err != nil {
 			return err
 		}
@@ -99,13 +102,9 @@ func (v *verifier) run() error {
 		}
 		v.walk(links)
 	}
-	switch {
-	case v.state.n < end.n && sn.next[auditLevel] >= end.n:
+	if v.state.n < end.n {
 		v.note("", v.last.time, "removed", fmt.Sprintf("the newest %d audit entries, from number %d on, are gone", end.n-v.state.n, v.state.n))
-	case v.state.n == end.n && v.any && v.state.hash != end.hash:
-		v.note(v.last.id, v.last.time, "edited", "the newest entry does not agree with the recorded end of the chain")
 	}
-	// With fewer shown than recorded, the others are being written at this moment.
 	v.report.Head = hex.EncodeToString(v.state.hash[:])
 	return nil
 }

@@ -18,7 +18,6 @@ const (
 	Segment = 'm' // level, segment → description of a segment
 	Name    = 'n' // object number → object id
 	Object  = 'o' // object id → object number
-	Raw     = 'r' // logs_data: level, number of the first entry → entries of one commit, not packed yet
 	Times   = 't' // level, segment → time of each block's first entry
 	OtherID = 'u' // id that is no UUIDv7 → level, segment
 	Shape   = 'x' // text → shape number
@@ -77,11 +76,6 @@ func BytesKey(space byte, text []byte) []byte {
 	return append(append(k, space), text...)
 }
 
-// RawKey is the key of a commit's entries of one level.
-func RawKey(level byte, first uint64) []byte {
-	return binary.BigEndian.AppendUint64([]byte{Raw, level}, first)
-}
-
 // End is the first key behind all keys that begin with prefix.
 func End(prefix []byte) []byte {
 	e := append([]byte(nil), prefix...)
@@ -136,12 +130,4 @@ func ParseNumber(k []byte) (uint32, error) {
 		return 0, ErrBad
 	}
 	return binary.BigEndian.Uint32(k[1:]), nil
-}
-
-// ParseRaw reads keys of Raw.
-func ParseRaw(k []byte) (level byte, first uint64, err error) {
-	if len(k) != 10 || k[0] != Raw {
-		return 0, 0, ErrBad
-	}
-	return k[1], binary.BigEndian.Uint64(k[2:]), nil
 }
