@@ -31,6 +31,9 @@ func asLauncher(cfg *config.Config, text []byte, n notifier) error {
 	return err
 }
 
+// orphanTime is how long a core without its launcher takes for an orderly end.
+const orphanTime = 3 * time.Second
+
 // asCore is mvirtd started by the launcher: the configuration comes in a descriptor, as root has read it.
 func asCore() error {
 	err := func() error {
@@ -54,6 +57,13 @@ func asCore() error {
 				cancel()
 			case <-ctx.Done():
 			}
+		}()
+		go func() {
+			<-client.Gone()
+			// Nobody can kill a plugin that does not stop by itself any more, and the next mvirtd waits for our
+			// lock. Our end closes the lifelines; what is frozen, the next launcher sweeps.
+			time.Sleep(orphanTime)
+			os.Exit(exitFailure)
 		}()
 		return serve(ctx, cfg, client, true, func() { _ = client.Ready() })
 	}()

@@ -6,6 +6,7 @@ import (
 	"os"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/mvirt/mvirt/sdk/errs"
 	"github.com/mvirt/mvirt/sdk/service"
@@ -30,8 +31,22 @@ type reply struct {
 }
 
 type remote struct {
-	gone chan struct{}
-	exit Exit
+	gone  chan struct{}
+	exit  Exit
+	pidfd *os.File
+}
+
+// watch waits for the process by its pidfd, once there is no launcher to tell of its end. How it ended only
+// its parent learns.
+func (r *remote) watch() {
+	if raw, err := r.pidfd.SyscallConn(); err == nil {
+		_ = raw.Control(func(fd uintptr) {
+			for !ends(int(fd), time.Hour) {
+			}
+		})
+	}
+	r.exit = Exit{Code: -1, At: time.Now()}
+	close(r.gone)
 }
 
 // NewClient takes the core's end of the socket over.
@@ -101,6 +116,9 @@ func (cl *Client) read() {
 		cl.mu.Lock()
 		defer cl.mu.Unlock()
 		cl.stopLocked()
+		for _, r := range cl.procs {
+			go r.watch()
+		}
 	}()
 	for {
 		m, files, err := cl.c.recv()
@@ -133,12 +151,12 @@ func (cl *Client) handle(m *message, files []*os.File) {
 			}
 			return
 		}
-		r := &remote{gone: make(chan struct{})}
+		r := &remote{gone: make(chan struct{}), pidfd: files[3]}
 		cl.procs[m.Launch] = r
-		id, pidfd := m.Launch, files[3]
+		id := m.Launch
 		go func() {
 			<-r.gone
-			pidfd.Close()
+			r.pidfd.Close()
 		}()
 		ch <- reply{p: &Process{PID: int(m.PID), UID: m.UID, Dir: m.Dir, Stdout: files[0], Stderr: files[1], Lifeline: files[2],
 			Signal: func(s syscall.Signal) error {

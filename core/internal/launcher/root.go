@@ -312,7 +312,8 @@ func CoreSocket() (*os.File, error) {
 }
 
 // lockWait is how long a start waits for an mvirtd that is just ending.
-const lockWait = 3 * time.Second
+// (A core whose launcher was killed takes up to three seconds.)
+const lockWait = 5 * time.Second
 
 // lockState takes the lock that only one mvirtd at a time can hold on a state directory. The lock belongs to
 // the open directory, is shared with the core, and ends when both are gone.

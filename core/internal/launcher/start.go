@@ -25,6 +25,9 @@ type Exit struct {
 
 // String is "exit status 1" or "killed by SIGKILL".
 func (e Exit) String() string {
+	if e.Signal == 0 && e.Code == -1 {
+		return "ended, how is not known"
+	}
 	if e.Signal == 0 {
 		return fmt.Sprintf("exit status %d", e.Code)
 	}

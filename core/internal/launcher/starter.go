@@ -222,9 +222,9 @@ func bootID() string {
 	return string(bytes.TrimSpace(b))
 }
 
-// sweep removes what launches before this launcher's time left behind. A process among them that still
-// lives (it was stopped, so the lifeline could not end it) is killed, after its start time and this boot
-// have shown that it is the same one.
+// sweep removes what launches before this launcher's time left behind. Processes among them that still live,
+// and that their start time and this boot show to be the same ones, get a moment to end by themselves, as
+// their lifeline has told them to; a stopped one does not, and is killed.
 func (s *starter) sweep() (killed int, err error) {
 	d, err := os.Open(s.dirs.path)
 	if err != nil {
@@ -235,11 +235,14 @@ func (s *starter) sweep() (killed int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	var problems []error
+	deadline := time.Now().Add(pluginGrace)
 	for _, n := range names {
-		if strings.HasSuffix(n, recordSuffix) && s.killLeftover(filepath.Join(s.dirs.path, n)) {
+		if strings.HasSuffix(n, recordSuffix) && killLeftover(filepath.Join(s.dirs.path, n), deadline) {
 			killed++
 		}
+	}
+	var problems []error
+	for _, n := range names {
 		if err := s.dirs.remove(n); err != nil {
 			problems = append(problems, fmt.Errorf("removing %s: %w", filepath.Join(s.dirs.path, n), err))
 		}
@@ -247,7 +250,7 @@ func (s *starter) sweep() (killed int, err error) {
 	return killed, errors.Join(problems...)
 }
 
-func (s *starter) killLeftover(record string) bool {
+func killLeftover(record string, deadline time.Time) bool {
 	data, err := os.ReadFile(record)
 	if err != nil {
 		return false
@@ -266,10 +269,21 @@ func (s *starter) killLeftover(record string) bool {
 	if now, err := startTime(pid); err != nil || now != start {
 		return false
 	}
-	if unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) != nil {
+	if ends(fd, time.Until(deadline)) || unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) != nil {
 		return false
 	}
-	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-	_, _ = unix.Poll(p, 5000)
+	ends(fd, 5*time.Second)
 	return true
+}
+
+// ends waits for the end of a pidfd's process.
+func ends(pidfd int, limit time.Duration) bool {
+	end := time.Now().Add(limit)
+	for {
+		p := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
+		n, err := unix.Poll(p, int(max(0, time.Until(end).Milliseconds())))
+		if !errors.Is(err, unix.EINTR) {
+			return n > 0
+		}
+	}
 }

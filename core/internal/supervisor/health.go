@@ -20,6 +20,10 @@ func (u *unit) checkHealth(ctx context.Context, inst Instance, dead chan<- strin
 			return
 		}
 		u.mu.Lock()
+		if u.ending {
+			u.mu.Unlock()
+			return
+		}
 		if err != nil {
 			u.misses++
 		} else {
