@@ -1,0 +1,102 @@
+# mvirt. "make help" lists what there is. On a bare Debian 12, as root, "make demo" and "make test" install
+# what they need themselves.
+
+SHELL := /bin/sh
+GO = $(or $(shell hack/go),go)
+VERSION := $(shell sed -n 's/^var Version = "\(.*\)"/\1/p' sdk/version/version.go)+$(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
+export GOTOOLCHAIN := local
+export CGO_ENABLED ?= 0
+GOFLAGS_BUILD := -trimpath -buildvcs=false
+LDFLAGS := -s -w -X github.com/mvirt/mvirt/sdk/version.Version=$(VERSION)
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+
+# Binaries: name and package. A plugin's directory says what it is, the binary's name what it is called.
+PROGRAMS := mvirtd:core/cmd/mvirtd mvirt:core/cmd/mvirt
+PLUGINS := mvirt-dir:plugins/storage-dir mvirt-qemu:plugins/vmm-qemu mvirt-net:plugins/net-tap mvirt-log:plugins/log-lsm \
+	mvirt-zfs:plugins/storage-zfs mvirt-vmm:plugins/vmm-cloudhypervisor
+ALL := $(PROGRAMS) $(foreach p,$(PLUGINS),$(if $(wildcard $(lastword $(subst :, ,$(p)))/main.go),$(p)))
+
+# Packages whose tests run once more under the race detector: those where goroutines share much.
+RACE := ./core/internal/supervisor/... ./core/internal/operation/... ./core/internal/audit/... ./core/internal/cli/... ./sdk/fdpass/... ./sdk/vmmkit/console/...
+
+.PHONY: help setup build install test check unit race e2e lint fmt vet staticcheck generate drift arch demo fuzz clean \
+	bench-core bench-log bench-net bench-storage lab lab-test
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## install what building and testing needs (Debian 12, as root)
+	@hack/setup
+
+build: setup ## all programs, into bin/
+	@mkdir -p bin
+	@set -e; for p in $(ALL); do \
+		$(GO) build $(GOFLAGS_BUILD) -ldflags '$(LDFLAGS)' -o bin/$${p%%:*} ./$${p#*:}; \
+	done
+	@echo "built $(VERSION): $(foreach p,$(ALL),bin/$(firstword $(subst :, ,$(p))))"
+
+DESTDIR ?=
+install: build ## programs to /usr/sbin, /usr/bin and /usr/lib/mvirt (DESTDIR is honoured)
+	install -D -m 0755 bin/mvirtd $(DESTDIR)/usr/sbin/mvirtd
+	install -D -m 0755 bin/mvirt $(DESTDIR)/usr/bin/mvirt
+	@set -e; for p in $(ALL); do case $$p in mvirtd:*|mvirt:*) ;; *) \
+		install -D -m 0755 bin/$${p%%:*} $(DESTDIR)/usr/lib/mvirt/$${p%%:*} ;; esac; done
+
+test: build lint unit race ## everything: lint, unit, plugin and end-to-end tests, race detector where it matters
+
+check: build lint ## fast: what a pull request must pass before its tests run
+	$(GO) test -short ./core/... ./sdk/... ./test/arch/...
+
+unit:
+	$(GO) test -p 2 -timeout 20m ./...
+
+race:
+	CGO_ENABLED=1 $(GO) test -race -short -p 1 -timeout 10m $(RACE)
+
+e2e: build ## only the end-to-end scripts, against the real system
+	$(GO) test -v -count 1 -timeout 15m ./test/e2e/...
+
+lint: fmt vet staticcheck drift arch ## format, vet, staticcheck, generated code, import directions
+
+fmt: setup
+	@bad=$$(git ls-files -co --exclude-standard '*.go' | xargs -r $(dir $(GO))gofmt -l); \
+	if [ -n "$$bad" ]; then echo "not formatted (run gofmt -w):"; echo "$$bad"; exit 1; fi
+
+vet: setup
+	$(GO) vet ./...
+
+staticcheck: setup
+	$(GO) run $(STATICCHECK) ./...
+
+arch: setup
+	$(GO) test ./test/arch/
+
+generate: setup ## Go code from the protos
+	PATH="$(dir $(GO)):$$PATH" sdk/internal/gen.sh
+
+drift: setup ## generated code is what the generators make
+	@hack/drift $(GO)
+
+demo: build ## two real VMs through the core and four plugins, from import to removal
+	@$(GO) build $(GOFLAGS_BUILD) -o bin/demo ./test/demo
+	@bin/demo
+
+bench-core: build ## figures of the core: start, call, restart, list, memory
+	$(GO) run ./test/bench/core
+
+bench-log bench-net bench-storage: build ## figures of a plugin
+	@if [ -d test/bench/$(@:bench-%=%) ]; then $(GO) run ./test/bench/$(@:bench-%=%); else \
+	echo "$@: there is no such benchmark in this tree" >&2; exit 1; fi
+
+lab: ## build the lab: a guest where ZFS and KVM are real (test/lab/README.md)
+	test/lab/build.sh
+
+lab-test: build ## tests inside the lab
+	$(GO) test -v -count 1 -timeout 60m ./test/lab/...
+
+FUZZTIME ?= 20s
+fuzz: setup ## every fuzz target for FUZZTIME each
+	@GO="$(GO)" hack/fuzz $(FUZZTIME)
+
+clean: ## remove what was built
+	rm -rf bin
