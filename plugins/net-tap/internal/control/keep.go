@@ -246,23 +246,20 @@ func (s *Service) applyHost() error {
 	defer s.hostMu.Unlock()
 	s.mu.Lock()
 	var links []string
+	any4, any6 := false, false
 	for _, n := range s.data.Networks {
 		if n.Request.Mode == net.ModeNAT {
 			links = append(links, n.HostLink)
+			any4, any6 = any4 || n.Request.Subnet4.IsValid(), any6 || n.Request.Subnet6.IsValid()
 		}
 	}
 	mine := s.data.State.Forwarding
 	s.mu.Unlock()
-	var want []string
-	if len(links) > 0 {
-		var err error
-		if want, err = hostnet.Forwarding(mine); err != nil {
-			return errs.Wrap(errs.Internal, err, "look at the host's forwarding")
-		}
-	} else {
-		hostnet.ResetForwarding(mine)
+	want, err := hostnet.Forwarding(mine, any4, any6)
+	if err != nil {
+		return errs.Wrap(errs.Internal, err, "look at the host's forwarding")
 	}
-	if !slices.Equal(mine, want) {
+	if !mine.Equal(want) {
 		s.mu.Lock()
 		st := store.State{Forwarding: want}
 		err := s.commitLocked(func() { s.data.State = st }, store.PutState(st))
@@ -284,5 +281,5 @@ func (s *Service) applyHost() error {
 		}
 		s.hostRules = rules
 	}
-	return errs.Wrap(errs.Internal, hostnet.SetForwarding(want), "turn forwarding on")
+	return errs.Wrap(errs.Internal, want.TurnOn(), "turn forwarding on")
 }

@@ -110,16 +110,18 @@ func (s *Service) usedLocked(network string) (addrs map[netip.Addr]*nicRec, macs
 	return
 }
 
-// freeAddr4 is the lowest free address of a subnet.
-func freeAddr4(n *net.CreateNetworkRequest, used map[netip.Addr]*nicRec) (netip.Addr, error) {
-	p := n.Subnet4
-	last := lastAddr(p)
-	for a := engine.RouterAddr(p).Next(); a != last; a = a.Next() {
+// freeAddr is the lowest free address of a subnet: behind the router's, and for IPv4 before the broadcast's.
+func freeAddr(n *net.CreateNetworkRequest, p netip.Prefix, used map[netip.Addr]*nicRec) (netip.Addr, error) {
+	last := netip.Addr{}
+	if p.Addr().Is4() {
+		last = lastAddr(p)
+	}
+	for a := engine.RouterAddr(p).Next(); a != last && p.Contains(a); a = a.Next() {
 		if used[a] == nil {
 			return a, nil
 		}
 	}
-	return netip.Addr{}, errs.New(errs.Exhausted, "all %d addresses of subnet %s are in use", len(used), p).
+	return netip.Addr{}, errs.New(errs.Exhausted, "all addresses of subnet %s are in use", p).
 		With(errs.Resource{Type: "network", ID: n.ID, Name: n.Name}).Because("SUBNET_FULL").
 		Do("delete NICs on network " + n.Name + ", or create a network with a larger subnet")
 }

@@ -2,10 +2,13 @@ package control
 
 import (
 	"net/netip"
+	"os"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/mvirt/mvirt/plugins/net-tap/internal/testguest"
+	"github.com/mvirt/mvirt/plugins/net-tap/internal/wire"
 	"github.com/mvirt/mvirt/sdk/net"
 	"github.com/mvirt/mvirt/sdk/service"
 )
@@ -138,4 +141,67 @@ func TestHostRouteCollision(t *testing.T) {
 		t.Errorf("%+v", c)
 	}
 	mustSh(t, "ping -c1 -W2 203.0.113.1")
+}
+
+func ping6(t *testing.T, g *testguest.Guest, dst string) uint8 {
+	t.Helper()
+	hops, err := g.Ping6(wire.IP6Of(netip.MustParseAddr(dst)), 3*time.Second)
+	if err != nil {
+		t.Error(err)
+	}
+	return hops
+}
+
+func noPing6(t *testing.T, g *testguest.Guest, dst string) {
+	t.Helper()
+	if _, err := g.Ping6(wire.IP6Of(netip.MustParseAddr(dst)), 300*time.Millisecond); err == nil {
+		t.Errorf("%v reached %s", g.IP6.Addr(), dst)
+	}
+}
+
+func TestIPv6(t *testing.T) {
+	r := newRig(t)
+	outside(t)
+	mustSh(t, `ip addr add 2001:db8::2/64 dev ext0 nodad
+ip -n world addr add 2001:db8::1/64 dev w0 nodad
+ip -6 route add default via 2001:db8::1`)
+	both := func(q *net.CreateNetworkRequest) { q.Subnet6 = netip.MustParsePrefix("fd00:1::/64") }
+	only6 := func(q *net.CreateNetworkRequest) {
+		q.Subnet4, q.Subnet6, q.HostAccess = netip.Prefix{}, netip.MustParsePrefix("fd00:1::/64"), false
+	}
+	r.network(nat("dual"), both)
+	r.network(nat("six"), only6)
+	na := r.nic("dual")
+	a, b, c := r.up(na), r.up(r.nic("dual")), r.guest(r.nic("six"))
+	for _, g := range []*testguest.Guest{a, b, c} {
+		if err := g.Up6(3 * time.Second); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if a.IP6.Addr() != na.IPv6 || na.IPv6.String() != "fd00:1::2" {
+		t.Errorf("%v, allocated %v", a.IP6.Addr(), na.IPv6)
+	}
+	if h := ping6(t, a, b.IP6.Addr().String()); h != 63 {
+		t.Errorf("hop limit %d", h)
+	}
+	ping6(t, a, "fe80::1")
+	ping6(t, a, "2001:db8::1")
+	ping6(t, c, "2001:db8::1")
+	ping(t, a, b.IP.Addr().String())
+	mustSh(t, "ping -c1 -W2 %s", a.IP6.Addr())
+	noPing6(t, a, "2001:db8::2")
+	noPing6(t, c, "2001:db8::2")
+	noPing6(t, a, "fd6d:7669:7274::a9fe:4000")
+	noPing6(t, a, "fd6d:7669:7274::a9fe:4003")
+	mustSh(t, "ip -n world route add fd00:1::/64 via 2001:db8::2; ! ip netns exec world ping -c1 -W1 %s", a.IP6.Addr())
+	if s := strings.TrimSpace(mustSh(t, "cat /proc/sys/net/ipv6/conf/all/forwarding")); s != "0" && exists("/proc/sys/net/ipv6/conf/all/force_forwarding") {
+		t.Error("the whole host forwards")
+	}
+	r.reopen()
+	ping6(t, a, "2001:db8::1")
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
 }

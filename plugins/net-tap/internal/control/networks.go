@@ -127,6 +127,9 @@ func (s *Service) viewNetworkLocked(rec *netRec) net.Network {
 	if r.Subnet4.IsValid() {
 		n.Gateway4 = engine.Gateway4.Addr()
 	}
+	if r.Subnet6.IsValid() {
+		n.Gateway6 = engine.Gateway6.Addr()
+	}
 	for _, nic := range s.data.NICs {
 		if nic.NetworkID == r.ID {
 			n.NICCount++

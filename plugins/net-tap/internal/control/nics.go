@@ -65,16 +65,20 @@ func (s *Service) addNIC(req *net.CreateNICRequest, created net.CreateNICRequest
 		return nil, nil, errs.New(errs.Exists, "MAC %s is NIC %s's", req.MAC, o.Name).Because("MAC_IN_USE").
 			With(resNIC(o)).Do("choose another MAC, or none")
 	}
-	if n.Request.Subnet4.IsValid() {
-		if !req.IPv4.IsValid() {
-			a, err := freeAddr4(&n.Request, addrs)
+	for _, f := range []struct {
+		subnet netip.Prefix
+		addr   *netip.Addr
+	}{{n.Request.Subnet4, &req.IPv4}, {n.Request.Subnet6, &req.IPv6}} {
+		if o := addrs[*f.addr]; o != nil {
+			return nil, nil, errs.New(errs.Exists, "address %s is NIC %s's", *f.addr, o.Name).Because("ADDRESS_IN_USE").
+				With(resNIC(o)).Do("choose another address, or none")
+		}
+		if f.subnet.IsValid() && !f.addr.IsValid() {
+			a, err := freeAddr(&n.Request, f.subnet, addrs)
 			if err != nil {
 				return nil, nil, err
 			}
-			req.IPv4 = a
-		} else if o := addrs[req.IPv4]; o != nil {
-			return nil, nil, errs.New(errs.Exists, "address %s is NIC %s's", req.IPv4, o.Name).Because("ADDRESS_IN_USE").
-				With(resNIC(o)).Do("choose another address, or none")
+			*f.addr = a
 		}
 	}
 	if err := routedFree(req.RoutedPrefixes, routed, req.ID); err != nil {

@@ -123,7 +123,8 @@ func (s *Service) engineNetwork(rec *netRec) *engine.Network {
 	r := &rec.Request
 	n := &engine.Network{Subnet4: r.Subnet4, Subnet6: r.Subnet6, MTU: int(r.MTU), DNS: r.DNS, NTP: r.NTP, Domain: r.Domain}
 	if r.HostAccess && rec.Link4.IsValid() {
-		n.HostAddrs = append(n.HostAddrs, rec.Link4.Addr())
+		u := uplinkOf(rec)
+		n.HostAddrs = append(n.HostAddrs, u.HostAddr4(), u.HostAddr6())
 	}
 	return n
 }
@@ -159,7 +160,7 @@ func nftError(err error) error {
 }
 
 func uplinkOf(rec *netRec) hostnet.Uplink {
-	return hostnet.Uplink{ID: rec.Request.ID, HostLink: rec.HostLink, Link4: rec.Link4, Subnet4: rec.Request.Subnet4,
+	return hostnet.Uplink{ID: rec.Request.ID, HostLink: rec.HostLink, Link4: rec.Link4, Subnet4: rec.Request.Subnet4, Subnet6: rec.Request.Subnet6,
 		MTU: int(rec.Request.MTU), Host: rec.Request.HostAccess}
 }
 
@@ -206,7 +207,7 @@ func (rt *runtime) hostRoute(u hostnet.Uplink) error {
 	if err == nil {
 		rt.s.clear("HOST_ROUTE_COLLISION", rt.id)
 	}
-	return errs.Wrap(errs.Internal, err, "the host's route to %s", u.Subnet4)
+	return errs.Wrap(errs.Internal, err, "the host's route to %s %s", u.Subnet4, u.Subnet6)
 }
 
 // ensureAttached makes an attached NIC's data path whole. live says that the worker has its port.

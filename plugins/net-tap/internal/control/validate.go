@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/mvirt/mvirt/plugins/net-tap/internal/engine"
+	"github.com/mvirt/mvirt/plugins/net-tap/internal/hostnet"
 	"github.com/mvirt/mvirt/plugins/net-tap/internal/wire"
 	"github.com/mvirt/mvirt/sdk/errs"
 	"github.com/mvirt/mvirt/sdk/ident"
@@ -52,16 +53,20 @@ func (s *Service) checkNetwork(r *net.CreateNetworkRequest) error {
 	default:
 		return errs.Field("mode", "give private or nat", "mode %d is none", uint32(r.Mode))
 	}
+	if !r.Subnet4.IsValid() && !r.Subnet6.IsValid() {
+		return errs.Field("subnet4", "give an IPv4 subnet such as 10.0.0.0/24, an IPv6 subnet such as fd00:1::/64, or both", "the network has no subnet")
+	}
+	if r.Subnet4.IsValid() {
+		if err := checkSubnet4(r.Subnet4); err != nil {
+			return err
+		}
+	}
 	if r.Subnet6.IsValid() {
-		return errs.New(errs.Unsupported, "this plugin has no IPv6 networks").Do("leave the IPv6 subnet out")
+		if err := checkSubnet6(r.Subnet6); err != nil {
+			return err
+		}
 	}
-	if !r.Subnet4.IsValid() {
-		return errs.Field("subnet4", "give an IPv4 subnet such as 10.0.0.0/24", "the network has no subnet")
-	}
-	if err := checkSubnet4(r.Subnet4); err != nil {
-		return err
-	}
-	if r.Mode == net.ModeNAT && r.Subnet4.Overlaps(s.cfg.LinkPrefix) {
+	if r.Mode == net.ModeNAT && r.Subnet4.IsValid() && r.Subnet4.Overlaps(s.cfg.LinkPrefix) {
 		return errs.Field("subnet4", "choose another subnet, or start mvirt-net with another --link-prefix",
 			"%s overlaps %s, where the host's links have their addresses", r.Subnet4, s.cfg.LinkPrefix)
 	}
@@ -102,6 +107,21 @@ func checkSubnet4(p netip.Prefix) error {
 		return errs.Field("subnet4", "write "+p.Masked().String(), "%s has host bits set", p)
 	}
 	return checkReserved("subnet4", p)
+}
+
+func checkSubnet6(p netip.Prefix) error {
+	const remedy = "give an IPv6 subnet of /32 to /126 whose host bits are zero, such as fd00:1::/64"
+	switch {
+	case !p.Addr().Is6() || p.Addr().Is4In6():
+		return errs.Field("subnet6", remedy, "%s is not an IPv6 subnet", p)
+	case p.Bits() < 32 || p.Bits() > 126:
+		return errs.Field("subnet6", remedy, "%s is a /%d", p, p.Bits())
+	case p != p.Masked():
+		return errs.Field("subnet6", "write "+p.Masked().String(), "%s has host bits set", p)
+	case p.Overlaps(hostnet.Link6):
+		return errs.Field("subnet6", remedy, "%s overlaps %s, where the host's links have their addresses", p, hostnet.Link6)
+	}
+	return checkReserved("subnet6", p)
 }
 
 func checkReserved(field string, p netip.Prefix) error {
@@ -172,8 +192,17 @@ func checkNIC(r *net.CreateNICRequest, n *net.CreateNetworkRequest) error {
 			return err
 		}
 	}
-	if r.IPv6.IsValid() {
-		return errs.Field("ipv6", "leave it out", "network %s has no IPv6 subnet", n.Name)
+	if a := r.IPv6; a.IsValid() {
+		remedy := "leave it out"
+		if n.Subnet6.IsValid() {
+			remedy = fmt.Sprintf("give an address of %s other than its first two, or none", n.Subnet6)
+		}
+		switch {
+		case !n.Subnet6.IsValid() || !n.Subnet6.Contains(a):
+			return errs.Field("ipv6", remedy, "%s is outside the network's subnets", a)
+		case a == n.Subnet6.Addr() || a == engine.RouterAddr(n.Subnet6):
+			return errs.Field("ipv6", remedy, "%s is the network's own router", a)
+		}
 	}
 	if r.HostName != "" {
 		if err := checkDomain("host_name", r.HostName); err != nil || len(r.HostName) > 63 {
@@ -188,10 +217,13 @@ func checkNIC(r *net.CreateNICRequest, n *net.CreateNetworkRequest) error {
 
 // checkHost4 says whether a is an address that a NIC of the subnet may have.
 func checkHost4(field string, a netip.Addr, p netip.Prefix) error {
-	remedy := fmt.Sprintf("give an address of %s other than its first two and its last, or none", p)
+	remedy := "leave it out"
+	if p.IsValid() {
+		remedy = fmt.Sprintf("give an address of %s other than its first two and its last, or none", p)
+	}
 	switch {
 	case !p.IsValid() || !p.Contains(a):
-		return errs.Field(field, remedy, "%s is outside the network's subnet %s", a, p)
+		return errs.Field(field, remedy, "%s is outside the network's subnets", a)
 	case a == p.Addr() || a == lastAddr(p):
 		return errs.Field(field, remedy, "%s is the subnet's network or broadcast address", a)
 	case a == engine.RouterAddr(p):
@@ -222,7 +254,7 @@ func checkRouted(ps []netip.Prefix, n *net.CreateNetworkRequest) error {
 		if err := checkReserved("routed_prefixes", p); err != nil {
 			return err
 		}
-		if p.Overlaps(n.Subnet4) || n.Subnet6.IsValid() && p.Overlaps(n.Subnet6) {
+		if n.Subnet4.IsValid() && p.Overlaps(n.Subnet4) || n.Subnet6.IsValid() && p.Overlaps(n.Subnet6) {
 			return errs.Field("routed_prefixes", "route prefixes outside the network's own subnets", "%s overlaps the subnet of network %s", p, n.Name)
 		}
 		for _, q := range ps[:i] {

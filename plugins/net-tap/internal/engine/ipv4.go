@@ -139,6 +139,9 @@ func (r *Router) route4(dst wire.IP4) (*endpoint, uint8) {
 // forward4 lowers the TTL, minds the MTU, and sends p on from one endpoint to another.
 func (r *Router) forward4(from, to *endpoint, p *Packet) {
 	ip := p.Head[wire.EthLen:]
+	if !r.allowed(from, to, p) {
+		return
+	}
 	if p.tooBig(r.mtu) {
 		if ip[6]&0x40 != 0 || p.GSO != GSONone || p.Flags&NeedsCsum != 0 {
 			from.TxDropped++

@@ -4,6 +4,7 @@ import (
 	"net/netip"
 
 	"github.com/mvirt/mvirt/plugins/net-tap/internal/dhcp4"
+	"github.com/mvirt/mvirt/plugins/net-tap/internal/dhcp6"
 	"github.com/mvirt/mvirt/plugins/net-tap/internal/wire"
 )
 
@@ -45,19 +46,17 @@ type NIC struct {
 	routed4 []prefix4
 	routed6 []prefix6
 	lease   dhcp4.Lease
+	lease6  dhcp6.Lease
 	errors  bucket // ICMP errors to this guest
 	leased  bool
 	decline bool
+	nextRA  int64
+	sentRA  int
 }
 
 type prefix4 struct{ addr, mask wire.IP4 }
 
 func (p prefix4) contains(a wire.IP4) bool { return a&p.mask == p.addr }
-
-type prefix6 struct {
-	addr wire.IP6
-	bits int
-}
 
 // Router is the engine of one network.
 type Router struct {
@@ -67,9 +66,13 @@ type Router struct {
 	router4 wire.IP4 // the router's own address in the subnet, source of ICMP errors
 	host4   wire.IP4 // host's address on the uplink, 0 if guests may not reach it
 	has4    bool
+	sub6    prefix6
+	router6 wire.IP6
+	has6    bool
 
 	nics   map[string]*NIC
 	fib4   fib4
+	fib6   fib6
 	uplink endpoint
 	now    int64 // nanoseconds, monotonic; set by Poll's caller
 
@@ -104,6 +107,12 @@ func (r *Router) SetNetwork(n Network) {
 	if r.has4 {
 		r.sub4 = toPrefix4(n.Subnet4)
 		r.router4 = wire.IP4Of(RouterAddr(n.Subnet4))
+	}
+	r.has6 = n.Subnet6.IsValid()
+	r.sub6, r.router6 = prefix6{}, Gateway6
+	if r.has6 {
+		r.sub6 = toPrefix6(n.Subnet6)
+		r.router6 = wire.IP6Of(RouterAddr(n.Subnet6))
 	}
 	for _, a := range n.HostAddrs {
 		if a.Is4() {
@@ -154,11 +163,26 @@ func (r *Router) configure(nic *NIC) {
 		if p.Addr().Is4() {
 			nic.routed4 = append(nic.routed4, toPrefix4(p))
 		} else {
-			nic.routed6 = append(nic.routed6, prefix6{wire.IP6Of(p.Masked().Addr()), p.Bits()})
+			nic.routed6 = append(nic.routed6, toPrefix6(p))
 		}
 	}
 	nic.lease = dhcp4.Lease{Addr: nic.ip4, Gateway: Gateway4, MAC: c.MAC, DNS: list4(r.net.DNS),
 		NTP: list4(r.net.NTP), Domain: r.net.Domain, HostName: c.HostName, MTU: uint16(r.mtu), Seconds: LeaseSeconds}
+	nic.lease6 = dhcp6.Lease{Addr: nic.ip6, MAC: GatewayMAC, DNS: list6(r.net.DNS), NTP: list6(r.net.NTP),
+		Domain: labels(r.net.Domain), Seconds: LeaseSeconds}
+	for _, p := range nic.routed6 {
+		nic.lease6.Prefixes = append(nic.lease6.Prefixes, dhcp6.Prefix{Addr: p.addr, Bits: uint8(p.bits)})
+	}
+}
+
+func list6(as []netip.Addr) []wire.IP6 {
+	var out []wire.IP6
+	for _, a := range as {
+		if a.Is6() && len(out) < dhcp6.MaxServers {
+			out = append(out, wire.IP6Of(a))
+		}
+	}
+	return out
 }
 
 func list4(as []netip.Addr) []wire.IP4 {
@@ -174,12 +198,19 @@ func list4(as []netip.Addr) []wire.IP4 {
 // rebuild makes the forwarding table anew: NICs change seldom.
 func (r *Router) rebuild() {
 	r.fib4.reset(len(r.nics))
+	r.fib6.reset(len(r.nics))
 	for _, nic := range r.nics {
 		if nic.ip4 != 0 {
 			r.fib4.add(prefix4{nic.ip4, 0xffffffff}, nic)
 		}
 		for _, p := range nic.routed4 {
 			r.fib4.add(p, nic)
+		}
+		if nic.has6 {
+			r.fib6.add(prefix6{nic.ip6, 128}, nic)
+		}
+		for _, p := range nic.routed6 {
+			r.fib6.add(p, nic)
 		}
 	}
 }
@@ -196,6 +227,7 @@ func (r *Router) SetPort(id string, p Port) (old Port, ok bool) {
 		nic.Counters = Counters{}
 	}
 	nic.leased, nic.decline = false, false
+	nic.nextRA, nic.sentRA = 0, 0
 	return old, true
 }
 
@@ -287,6 +319,8 @@ func (r *Router) fromNIC(nic *NIC, p *Packet) {
 	switch wire.Be16(p.Head[12:]) {
 	case wire.TypeIPv4:
 		r.guest4(nic, p, dst)
+	case wire.TypeIPv6:
+		r.guest6(nic, p, dst)
 	case wire.TypeARP:
 		r.guestARP(nic, p)
 	default:
@@ -300,6 +334,9 @@ func (r *Router) fromUplink(p *Packet) {
 		switch p.Head[wire.EthLen] >> 4 {
 		case 4:
 			r.outside4(p)
+			return
+		case 6:
+			r.outside6(p)
 			return
 		}
 	}

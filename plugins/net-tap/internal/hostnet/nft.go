@@ -49,6 +49,7 @@ table inet mvirt {
 		type filter hook input priority filter; policy drop;
 		iifname "lo" accept
 		ct state established,related accept
+		iifname "host0" ip6 hoplimit 255 icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept
 	}
 	chain forward {
 		type filter hook forward priority filter; policy drop;
@@ -90,9 +91,9 @@ table arp mvirt {
 }
 
 // HostRules is the host's ruleset: what protects the host and the networks from each other. links are the
-// host's ends of the veth pairs, pool the prefix of their addresses, guards the interfaces on which
-// forwarding is on only because of us.
-func HostRules(i Instance, links []string, pool netip.Prefix, guards []string) string {
+// host's ends of the veth pairs, pool the prefix of their addresses, guards where forwarding is on only
+// because of us.
+func HostRules(i Instance, links []string, pool netip.Prefix, guards Guards) string {
 	t := "inet mvirt_net_" + string(i)
 	names := quoted(links)
 	if names == "" {
@@ -104,6 +105,7 @@ func HostRules(i Instance, links []string, pool netip.Prefix, guards []string) s
 	b.WriteString(`	chain input {
 		type filter hook input priority filter - 10; policy accept;
 		iifname @links ct state established,related accept
+		iifname @links ip6 hoplimit 255 icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept
 		iifname @links drop
 	}
 	chain forward {
@@ -113,16 +115,22 @@ func HostRules(i Instance, links []string, pool netip.Prefix, guards []string) s
 		oifname @links drop
 		iifname @links accept
 `)
-	if g := quoted(guards); g != "" {
-		fmt.Fprintf(&b, "\t\tiifname { %s } oifname != \"mvh*\" drop\n", g)
+	if g := quoted(guards.IPv4); g != "" {
+		fmt.Fprintf(&b, "\t\tmeta nfproto ipv4 iifname { %s } oifname != \"mvh*\" drop\n", g)
+	}
+	if guards.All6 {
+		b.WriteString("\t\tmeta nfproto ipv6 iifname != \"mvh*\" oifname != \"mvh*\" drop\n")
+	} else if g := quoted(guards.IPv6); g != "" {
+		fmt.Fprintf(&b, "\t\tmeta nfproto ipv6 iifname { %s } oifname != \"mvh*\" drop\n", g)
 	}
 	fmt.Fprintf(&b, `	}
 	chain post {
 		type nat hook postrouting priority srcnat; policy accept;
 		ip saddr %s oifname != @links masquerade
+		ip6 saddr %s oifname != @links masquerade
 	}
 }
-`, pool)
+`, pool, Link6)
 	return b.String()
 }
 

@@ -19,10 +19,11 @@ func TestGolden(t *testing.T) {
 		"namespace":      NamespaceRules(false),
 		"namespace-host": NamespaceRules(true),
 		"private":        PrivateRules(),
-		"host":           HostRules("0123abcd", []string{"mvhbbb", "mvhaaa"}, pool, nil),
-		"host-guarded":   HostRules("0123abcd", []string{"mvhaaa"}, pool, []string{"eth0"}),
-		"host-none":      HostRules("0123abcd", nil, pool, nil),
-		"host-hostile":   HostRules("0123abcd", []string{"mvhaaa", "a\" drop; x", "waytoolongforaname"}, pool, []string{"eth0\n"}),
+		"host":           HostRules("0123abcd", []string{"mvhbbb", "mvhaaa"}, pool, Guards{}),
+		"host-guarded":   HostRules("0123abcd", []string{"mvhaaa"}, pool, Guards{IPv4: []string{"eth0"}, IPv6: []string{"eth1"}}),
+		"host-all6":      HostRules("0123abcd", []string{"mvhaaa"}, pool, Guards{All6: true}),
+		"host-none":      HostRules("0123abcd", nil, pool, Guards{}),
+		"host-hostile":   HostRules("0123abcd", []string{"mvhaaa", "a\" drop; x", "waytoolongforaname"}, pool, Guards{IPv4: []string{"eth0\n"}}),
 	} {
 		t.Run(name, func(t *testing.T) {
 			path := filepath.Join("testdata", name+".nft")

@@ -22,7 +22,8 @@ type Uplink struct {
 	ID       string       // of the network, for aliases
 	HostLink string       // the veth's end in the host
 	Link4    netip.Prefix // a /31: the host has the first address, the namespace the second
-	Subnet4  netip.Prefix
+	Subnet4  netip.Prefix // or none
+	Subnet6  netip.Prefix // or none
 	MTU      int
 	Host     bool // the host may open connections to NICs
 }
@@ -31,6 +32,21 @@ type Uplink struct {
 func (u *Uplink) HostAddr4() netip.Addr { return u.Link4.Addr() }
 
 func (u *Uplink) nsAddr4() netip.Addr { return u.Link4.Addr().Next() }
+
+// Link6 is where the links' IPv6 addresses come from: a unique local prefix (RFC 4193) of our own ("mvirt"
+// in its bits), in whose last 32 bits stand the IPv4 ones.
+var Link6 = netip.MustParsePrefix("fd6d:7669:7274::/96")
+
+// HostAddr6 is the host's IPv6 address on the link.
+func (u *Uplink) HostAddr6() netip.Addr { return link6(u.HostAddr4()) }
+
+func (u *Uplink) nsAddr6() netip.Addr { return link6(u.nsAddr4()) }
+
+func link6(a netip.Addr) netip.Addr {
+	b, v4 := Link6.Addr().As16(), a.As4()
+	copy(b[12:], v4[:])
+	return netip.AddrFrom16(b)
+}
 
 // EnsureUplink makes all of a nat network's way out, or repairs it, and returns the TUN for the engine. If
 // another process has the TUN open the error is EBUSY.
@@ -103,20 +119,30 @@ func (n *NS) ensureUplink(i Instance, u Uplink) error {
 	if err := n.sysctl("net/ipv4/conf/"+UplinkTUN+"/forwarding", "1", "net/ipv4/conf/"+UplinkVeth+"/forwarding", "1"); err != nil {
 		return err
 	}
+	var routes []*netlink.Route
 	if u.Subnet4.IsValid() {
-		for _, r := range []*netlink.Route{
-			{LinkIndex: veth.Attrs().Index, Dst: ipNet(netip.PrefixFrom(netip.IPv4Unspecified(), 0)), Gw: u.HostAddr4().AsSlice()},
-			{LinkIndex: tun.Attrs().Index, Dst: ipNet(u.Subnet4), Scope: netlink.SCOPE_LINK},
-		} {
-			if err := n.h.RouteReplace(r); err != nil {
-				return fmt.Errorf("route %s: %w", r.Dst, err)
-			}
+		routes = append(routes,
+			&netlink.Route{LinkIndex: veth.Attrs().Index, Dst: ipNet(netip.PrefixFrom(netip.IPv4Unspecified(), 0)), Gw: u.HostAddr4().AsSlice()},
+			&netlink.Route{LinkIndex: tun.Attrs().Index, Dst: ipNet(u.Subnet4), Scope: netlink.SCOPE_LINK})
+	}
+	if u.Subnet6.IsValid() {
+		// The namespace is ours alone, TAPs there have no IPv6: forwarding between all is between these two.
+		if err := n.sysctl("net/ipv6/conf/"+UplinkTUN+"/disable_ipv6", "0", "net/ipv6/conf/all/forwarding", "1"); err != nil {
+			return err
+		}
+		routes = append(routes,
+			&netlink.Route{LinkIndex: veth.Attrs().Index, Dst: ipNet(netip.PrefixFrom(netip.IPv6Unspecified(), 0)), Gw: u.HostAddr6().AsSlice()},
+			&netlink.Route{LinkIndex: tun.Attrs().Index, Dst: ipNet(u.Subnet6)})
+	}
+	for _, r := range routes {
+		if err := n.h.RouteReplace(r); err != nil {
+			return fmt.Errorf("route %s: %w", r.Dst, err)
 		}
 	}
 	if err := n.ApplyNFT(NamespaceRules(u.Host)); err != nil {
 		return err
 	}
-	return sysctl("net/ipv4/conf/"+u.HostLink+"/forwarding", "1")
+	return sysctl("net/ipv4/conf/"+u.HostLink+"/forwarding", "1", "net/ipv6/conf/"+u.HostLink+"/force_forwarding", "1")
 }
 
 func (n *NS) ensureVeth(host *netlink.Handle, i Instance, u Uplink) error {
@@ -154,18 +180,35 @@ func (n *NS) ensureVeth(host *netlink.Handle, i Instance, u Uplink) error {
 	if err := errors.Join(host.LinkSetMTU(hl, u.MTU), n.h.LinkSetMTU(nl, u.MTU)); err != nil {
 		return err
 	}
-	// No IPv6 by itself on the link, and nothing there that advertises the host.
-	if err := sysctl("net/ipv6/conf/"+u.HostLink+"/disable_ipv6", "1", "net/ipv4/conf/"+u.HostLink+"/rp_filter", "1"); err != nil {
+	// Nobody on the link is believed to be a router, and without IPv6 in the network there is none on it.
+	no6 := "1"
+	if u.Subnet6.IsValid() {
+		no6 = "0"
+	}
+	v6 := func(name string) []string {
+		c := "net/ipv6/conf/" + name + "/"
+		return []string{c + "accept_ra", "0", c + "accept_dad", "0", c + "disable_ipv6", no6}
+	}
+	if err := sysctl(append(v6(u.HostLink), "net/ipv4/conf/"+u.HostLink+"/rp_filter", "1")...); err != nil {
+		return err
+	}
+	if err := n.sysctl(v6(UplinkVeth)...); err != nil {
 		return err
 	}
 	for _, e := range []struct {
-		h *netlink.Handle
-		l netlink.Link
-		a netip.Addr
-	}{{host, hl, u.HostAddr4()}, {n.h, nl, u.nsAddr4()}} {
-		addr := &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(e.a, 31)), Scope: int(netlink.SCOPE_UNIVERSE)}
+		h      *netlink.Handle
+		l      netlink.Link
+		a4, a6 netip.Addr
+	}{{host, hl, u.HostAddr4(), u.HostAddr6()}, {n.h, nl, u.nsAddr4(), u.nsAddr6()}} {
+		addr := &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(e.a4, 31)), Scope: int(netlink.SCOPE_UNIVERSE)}
 		if err := e.h.AddrReplace(e.l, addr); err != nil {
-			return fmt.Errorf("address %s: %w", e.a, err)
+			return fmt.Errorf("address %s: %w", e.a4, err)
+		}
+		if u.Subnet6.IsValid() {
+			addr = &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(e.a6, 127)), Flags: unix.IFA_F_NODAD}
+			if err := e.h.AddrReplace(e.l, addr); err != nil {
+				return fmt.Errorf("address %s: %w", e.a6, err)
+			}
 		}
 		if err := e.h.LinkSetUp(e.l); err != nil {
 			return err
@@ -174,8 +217,8 @@ func (n *NS) ensureVeth(host *netlink.Handle, i Instance, u Uplink) error {
 	return nil
 }
 
-// HostRoute adds or removes the host's route to a network's subnet. The error is ErrCollision, with the
-// other route in its text, if the host knows a part of the subnet already.
+// HostRoute adds or removes the host's routes to a network's subnets. The error is ErrCollision, with the
+// other route in its text, if the host knows a part of a subnet already.
 func HostRoute(u Uplink, want bool) error {
 	host, err := netlink.NewHandle()
 	if err != nil {
@@ -186,26 +229,50 @@ func HostRoute(u Uplink, want bool) error {
 	if err != nil {
 		return err
 	}
-	r := &netlink.Route{LinkIndex: l.Attrs().Index, Dst: ipNet(u.Subnet4), Gw: u.nsAddr4().AsSlice(), Src: u.HostAddr4().AsSlice()}
-	if !want {
-		if err := host.RouteDel(r); err != nil && !errors.Is(err, unix.ESRCH) {
+	for _, f := range []struct {
+		subnet  netip.Prefix
+		gw, src netip.Addr
+		family  int
+	}{{u.Subnet4, u.nsAddr4(), u.HostAddr4(), unix.AF_INET}, {u.Subnet6, u.nsAddr6(), u.HostAddr6(), unix.AF_INET6}} {
+		if !f.subnet.IsValid() {
+			continue
+		}
+		r := &netlink.Route{LinkIndex: l.Attrs().Index, Dst: ipNet(f.subnet), Gw: f.gw.AsSlice(), Src: f.src.AsSlice()}
+		if !want {
+			if err := host.RouteDel(r); err != nil && !errors.Is(err, unix.ESRCH) {
+				return err
+			}
+			continue
+		}
+		if err := collides(host, f.family, f.subnet, l.Attrs().Index); err != nil {
 			return err
 		}
-		return nil
+		if err := host.RouteReplace(r); err != nil {
+			return err
+		}
 	}
-	routes, err := host.RouteListFiltered(unix.AF_INET, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+	return nil
+}
+
+// collides looks for another way to a part of subnet than link.
+func collides(host *netlink.Handle, family int, subnet netip.Prefix, link int) error {
+	routes, err := host.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
 	if err != nil {
 		return err
 	}
 	for _, o := range routes {
-		if o.Dst == nil || o.LinkIndex == l.Attrs().Index {
+		if o.Dst == nil || o.LinkIndex == link {
 			continue
 		}
-		if p := prefixOf(o.Dst); p.IsValid() && p.Bits() > 0 && p.Overlaps(u.Subnet4) {
+		p := prefixOf(o.Dst)
+		if !p.IsValid() || p.Bits() == 0 || p.Addr().IsMulticast() || o.Type == unix.RTN_UNREACHABLE {
+			continue
+		}
+		if p.Overlaps(subnet) {
 			return fmt.Errorf("%w: the host has a route to %s", ErrCollision, p)
 		}
 	}
-	return host.RouteReplace(r)
+	return nil
 }
 
 // ErrCollision says that a network's subnet overlaps one that the host reaches otherwise.

@@ -18,6 +18,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 	bolterrors "go.etcd.io/bbolt/errors"
 
+	"github.com/mvirt/mvirt/plugins/net-tap/internal/hostnet"
 	"github.com/mvirt/mvirt/sdk/errs"
 	"github.com/mvirt/mvirt/sdk/net"
 )
@@ -73,7 +74,7 @@ type Group struct {
 
 // State is what is neither.
 type State struct {
-	Forwarding []string // interfaces on which we turned forwarding on
+	Forwarding hostnet.Guards // where we turned forwarding on
 }
 
 // Data is everything.

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/insomniacslk/dhcp/dhcpv4"
+	"github.com/insomniacslk/dhcp/dhcpv6"
 	"golang.org/x/sys/unix"
 
 	"github.com/mvirt/mvirt/plugins/net-tap/internal/wire"
@@ -31,6 +32,7 @@ type Conn interface {
 type Guest struct {
 	MAC    wire.MAC
 	IP     wire.IP4
+	IP6    wire.IP6
 	GW     wire.MAC
 	Frames chan []byte
 	Lease  *dhcpv4.DHCPv4
@@ -71,7 +73,7 @@ func (g *Guest) read() {
 			return
 		}
 		f := b[:n]
-		if g.answer(f) {
+		if g.answer(f) || g.answer6(f) {
 			continue
 		}
 		select {
@@ -186,6 +188,115 @@ func (g *Guest) dhcp(m *dhcpv4.DHCPv4, want dhcpv4.MessageType, d time.Duration)
 		return err == nil && r.TransactionID == m.TransactionID && r.MessageType() == want
 	})
 	return rep, err
+}
+
+// LinkLocal is the guest's link-local address, made from its MAC.
+func (g *Guest) LinkLocal() wire.IP6 {
+	a := wire.IP6{0: 0xfe, 1: 0x80}
+	var m [6]byte
+	g.MAC.Put(m[:])
+	copy(a[8:], []byte{m[0] ^ 2, m[1], m[2], 0xff, 0xfe, m[3], m[4], m[5]})
+	return a
+}
+
+// Up6 gets an IPv6 address by rapid commit and the gateway's MAC by neighbour discovery.
+func (g *Guest) Up6(d time.Duration) error {
+	hw := make(net.HardwareAddr, 6)
+	g.MAC.Put(hw)
+	m, err := dhcpv6.NewSolicit(hw, dhcpv6.WithRapidCommit)
+	if err != nil {
+		return err
+	}
+	data := m.ToBytes()
+	f := make([]byte, 62+len(data))
+	copy(f[62:], data)
+	src, dst := g.LinkLocal(), wire.IP6{0: 0xff, 1: 2, 13: 1, 15: 2}
+	wire.PutEth(f, 0x333300010002, g.MAC, wire.TypeIPv6)
+	wire.PutIPv6(f[14:], &src, &dst, wire.ProtoUDP, 1, 8+len(data))
+	wire.PutUDP6(f[54:], f[14:], 546, 547, len(data))
+	if err := g.Send(f); err != nil {
+		return err
+	}
+	_, err = g.Wait(d, func(f []byte) bool {
+		if len(f) < 66 || wire.Be16(f[12:]) != wire.TypeIPv6 || f[20] != wire.ProtoUDP || wire.Be16(f[56:]) != 546 {
+			return false
+		}
+		r, err := dhcpv6.MessageFromBytes(f[62:])
+		if err != nil || r.TransactionID != m.TransactionID || r.Options.OneIANA() == nil || r.Options.OneIANA().Options.OneAddress() == nil {
+			return false
+		}
+		g.mu.Lock()
+		g.IP6 = wire.IP6(r.Options.OneIANA().Options.OneAddress().IPv6Addr)
+		g.mu.Unlock()
+		return true
+	})
+	if err != nil {
+		return fmt.Errorf("no DHCPv6 reply: %w", err)
+	}
+	ns := make([]byte, 54+32)
+	gw, to := wire.IP6{0: 0xfe, 1: 0x80, 15: 1}, wire.IP6{0: 0xff, 1: 2, 11: 1, 12: 0xff, 15: 1}
+	wire.PutEth(ns, 0x3333ff000001, g.MAC, wire.TypeIPv6)
+	wire.PutIPv6(ns[14:], &src, &to, wire.ProtoICMPv6, 255, 32)
+	ns[54] = wire.ICMP6NS
+	copy(ns[62:], gw[:])
+	ns[78], ns[79] = 1, 1
+	g.MAC.Put(ns[80:])
+	wire.SumICMPv6(ns[14:], 32)
+	if err := g.Send(ns); err != nil {
+		return err
+	}
+	_, err = g.Wait(d, func(f []byte) bool {
+		ok := len(f) == 86 && wire.Be16(f[12:]) == wire.TypeIPv6 && f[54] == wire.ICMP6NA && wire.IP6(f[62:78]) == gw
+		if ok {
+			g.GW = wire.GetMAC(f[80:])
+		}
+		return ok
+	})
+	if err != nil {
+		return fmt.Errorf("no neighbour advertisement of the gateway: %w", err)
+	}
+	return nil
+}
+
+// Ping6 sends one echo request and returns the answer's hop limit.
+func (g *Guest) Ping6(dst wire.IP6, d time.Duration) (hops uint8, err error) {
+	g.seq++
+	f := make([]byte, 54+64)
+	wire.PutEth(f, g.GW, g.MAC, wire.TypeIPv6)
+	wire.PutIPv6(f[14:], &g.IP6, &dst, wire.ProtoICMPv6, 64, 64)
+	f[54] = wire.ICMP6Echo
+	wire.PutBe16(f[60:], g.seq)
+	seq := g.seq
+	wire.SumICMPv6(f[14:], 64)
+	if err := g.Send(f); err != nil {
+		return 0, err
+	}
+	r, err := g.Wait(d, func(f []byte) bool {
+		return len(f) == 118 && wire.Be16(f[12:]) == wire.TypeIPv6 && f[54] == wire.ICMP6EchoReply && wire.IP6(f[22:38]) == dst && wire.Be16(f[60:]) == seq
+	})
+	if err != nil {
+		return 0, fmt.Errorf("ping %v from %v: %w", dst.Addr(), g.IP6.Addr(), err)
+	}
+	return r[21], nil
+}
+
+// answer6 replies to IPv6 echo requests.
+func (g *Guest) answer6(f []byte) bool {
+	g.mu.Lock()
+	ip, mute := g.IP6, g.mute
+	g.mu.Unlock()
+	if mute || len(f) < 62 || wire.Be16(f[12:]) != wire.TypeIPv6 || f[20] != wire.ProtoICMPv6 || f[54] != wire.ICMP6Echo ||
+		wire.IP6(f[38:54]) != ip || ip.Unspecified() {
+		return false
+	}
+	r := append([]byte{}, f...)
+	wire.PutEth(r, wire.GetMAC(f[6:]), g.MAC, wire.TypeIPv6)
+	copy(r[22:38], f[38:54])
+	copy(r[38:54], f[22:38])
+	r[21], r[54] = 64, wire.ICMP6EchoReply
+	wire.SumICMPv6(r[14:], len(r)-54)
+	_ = g.conn.Write(r)
+	return true
 }
 
 // UDP makes a frame from the guest's MAC.

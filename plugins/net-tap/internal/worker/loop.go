@@ -2,6 +2,7 @@ package worker
 
 import (
 	"fmt"
+	"math"
 	"runtime"
 	"runtime/debug"
 	"sync"
@@ -46,6 +47,7 @@ type loop struct {
 	sources map[int32]*source // by descriptor
 	trouble map[string]string // NIC: why its port does not work
 	stop    bool
+	next    int64 // when the router wants its Tick
 }
 
 func newLoop(events func(id, typ, text string)) (*loop, error) {
@@ -97,13 +99,14 @@ func (l *loop) run() error {
 	debug.SetPanicOnFault(true)
 	events := make([]unix.EpollEvent, 64)
 	for !l.stop {
-		n, err := unix.EpollWait(l.epoll, events, -1)
+		n, err := unix.EpollWait(l.epoll, events, l.timeout())
 		if err != nil && err != unix.EINTR {
 			return fmt.Errorf("epoll: %w", err)
 		}
 		for _, ev := range events[:max(n, 0)] {
 			if int(ev.Fd) == l.wake {
 				l.runTodo()
+				l.next = 0 // whatever it was may have something due
 				continue
 			}
 			if s := l.sources[ev.Fd]; s != nil {
@@ -112,6 +115,18 @@ func (l *loop) run() error {
 		}
 	}
 	return nil
+}
+
+// timeout does what is due and says for how many milliseconds nothing will be; -1 for ever.
+func (l *loop) timeout() int {
+	now := l.now()
+	if now >= l.next {
+		l.next = l.router.Tick(now)
+	}
+	if l.next == math.MaxInt64 {
+		return -1
+	}
+	return int(min((l.next-now)/1e6+1, 1<<30))
 }
 
 // now is monotonic and never zero.
