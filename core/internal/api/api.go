@@ -24,6 +24,7 @@ import (
 	"github.com/mvirt/mvirt/core/internal/api/peer"
 	"github.com/mvirt/mvirt/core/internal/audit"
 	"github.com/mvirt/mvirt/core/internal/config"
+	"github.com/mvirt/mvirt/core/internal/consolelog"
 	"github.com/mvirt/mvirt/core/internal/health"
 	"github.com/mvirt/mvirt/core/internal/operation"
 	"github.com/mvirt/mvirt/core/internal/operation/plan"
@@ -71,13 +72,14 @@ type Server struct {
 	users   peer.Names
 	started time.Time
 
-	audit   *audit.Recorder
-	engine  *operation.Engine
-	changes *plan.Changes
-	recon   *reconcile.Reconciler
-	bus     bus.Bus
-	lookup  lookup
-	files   fileTable
+	audit    *audit.Recorder
+	engine   *operation.Engine
+	changes  *plan.Changes
+	recon    *reconcile.Reconciler
+	consoles *consolelog.Collector
+	bus      bus.Bus
+	lookup   lookup
+	files    fileTable
 
 	grpc  *grpc.Server
 	tasks sync.WaitGroup
@@ -114,8 +116,9 @@ func New(opt Options) (*Server, error) {
 		return nil, err
 	}
 	s.changes = plan.New(svc, s.engine)
+	s.consoles = consolelog.New(s.vmm, s.audit.Note)
 	s.recon = reconcile.New(reconcile.Options{Services: svc, Changes: s.changes, Engine: s.engine, Health: opt.Health, Audit: s.audit.Append,
-		Publish: s.bus.Publish, Log: opt.Log, StateDir: dir, Up: s.up, Seen: s.lookup.sawVM})
+		Publish: s.bus.Publish, Log: opt.Log, StateDir: dir, Up: s.up, Seen: s.consoles.Saw})
 	for _, k := range service.Kinds() {
 		sup.OnUp(k, func(ctx context.Context) { s.pluginUp(ctx, k) })
 	}

@@ -49,9 +49,6 @@ func (l *lookup) forget() {
 	l.mu.Unlock()
 }
 
-// sawVM is told of a VM's change: what it has attached may show differently.
-func (l *lookup) sawVM(vmm.VM) {}
-
 // all gets all names, from memory if nothing has changed. It never waits for a plugin that is down.
 func (l *lookup) all(ctx context.Context) names {
 	l.mu.Lock()

@@ -18,6 +18,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"os"
 	"strings"
 	"sync"
 	"time"
@@ -34,6 +35,7 @@ const (
 	deliverWait   = 30 * time.Second
 	firstRetry    = 100 * time.Millisecond // the log plugin is back within some 50 ms; Kick tells it sooner
 	longestRetry  = 5 * time.Second
+	closeWait     = 3 * time.Second // for the last entries at the end
 )
 
 // Appender is what of the log contract is used.
@@ -50,6 +52,8 @@ type Options struct {
 	Now   func() time.Time
 	// Trouble is told of lasting trouble ("" when it is over); may be nil.
 	Trouble func(code, text, remedy string)
+
+	sync func(*os.File) error // nil: File.Sync
 }
 
 // Recorder records.
@@ -63,6 +67,7 @@ type Recorder struct {
 	tasks sync.WaitGroup
 
 	mu        sync.Mutex
+	failing   bool          // the last delivery failed
 	delivered uint64        // sequence number up to which all entries are delivered
 	moved     chan struct{} // closed when delivered grows
 }
@@ -78,10 +83,13 @@ func Open(opt Options) (*Recorder, error) {
 	if opt.Now == nil {
 		opt.Now = time.Now
 	}
+	if opt.sync == nil {
+		opt.sync = (*os.File).Sync
+	}
 	if opt.Trouble == nil {
 		opt.Trouble = func(string, string, string) {}
 	}
-	s, lost, err := openSpool(opt.Dir, opt.Limit)
+	s, lost, err := openSpool(opt.Dir, opt.Limit, opt.sync)
 	if err != nil {
 		return nil, err
 	}
@@ -172,6 +180,13 @@ func (r *Recorder) Flush(ctx context.Context) error {
 
 // Close delivers what it can until ctx ends, and stops. What is left is delivered at the next start.
 func (r *Recorder) Close(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, closeWait)
+	defer cancel()
+	r.mu.Lock()
+	if r.failing {
+		cancel() // the log plugin is away: waiting would only hold up the end
+	}
+	r.mu.Unlock()
 	ferr := r.Flush(ctx)
 	r.notes.flush(ctx)
 	r.stop()
@@ -200,7 +215,11 @@ func (r *Recorder) deliver() {
 				return
 			}
 		}
-		if err := r.hand(batch); err != nil {
+		err = r.hand(batch)
+		r.mu.Lock()
+		r.failing = err != nil
+		r.mu.Unlock()
+		if err != nil {
 			r.opt.Trouble("AUDIT_DELAYED", "audit entries wait for the log plugin: "+err.Error(), "mvirt plugin show log")
 			t := time.NewTimer(retry)
 			select {

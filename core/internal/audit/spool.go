@@ -31,7 +31,7 @@ const (
 	segmentMagic = "mvirt-audit-1\n\x00\x00"
 	segmentExt   = ".spool"
 	cursorName   = "cursor"
-	segmentSize  = 1 << 20   // a new segment is begun behind this many bytes
+	segmentSize  = 1 << 20   // a new segment is begun behind this many bytes, or an eighth of the limit
 	maxRecord    = 512 << 10 // of payload; a trimmed entry stays below
 	reserve      = 1 << 20   // Admit refuses this far before the limit, so that what has begun can be recorded
 )
@@ -54,6 +54,7 @@ type segment struct {
 type spool struct {
 	dir   string
 	limit uint64
+	sync  func(*os.File) error
 
 	in   chan *pending
 	quit chan struct{}
@@ -76,7 +77,7 @@ type pending struct {
 
 // openSpool reads what is there. A torn end, as a power cut leaves it, is cut off; damage elsewhere costs the
 // rest of its segment, which lost tells in words.
-func openSpool(dir string, limit uint64) (s *spool, lost []string, err error) {
+func openSpool(dir string, limit uint64, sync func(*os.File) error) (s *spool, lost []string, err error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, nil, errs.Wrap(errs.Unknown, err, "directory of the audit spool")
 	}
@@ -85,7 +86,7 @@ func openSpool(dir string, limit uint64) (s *spool, lost []string, err error) {
 		return nil, nil, err
 	}
 	slices.Sort(names)
-	s = &spool{dir: dir, limit: limit, in: make(chan *pending, 64), quit: make(chan struct{}), nextSeq: 1}
+	s = &spool{dir: dir, limit: limit, sync: sync, in: make(chan *pending, 64), quit: make(chan struct{}), nextSeq: 1}
 	for i, path := range names {
 		first, err := strconv.ParseUint(strings.TrimSuffix(filepath.Base(path), segmentExt), 16, 64)
 		if err != nil || first == 0 {
@@ -156,7 +157,7 @@ func scanSegment(path string) (count uint64, size, whole int64, damage bool, err
 	br := bufio.NewReaderSize(f, 256<<10)
 	head := make([]byte, len(segmentMagic))
 	if _, err := io.ReadFull(br, head); err != nil || string(head) != segmentMagic {
-		if whole < int64(len(segmentMagic)) || strings.Trim(string(head), "\x00") == "" {
+		if strings.HasPrefix(segmentMagic, strings.TrimRight(string(head), "\x00")) {
 			return 0, 0, whole, whole > int64(len(segmentMagic)), nil // a power cut before the header was written
 		}
 		if strings.HasPrefix(string(head), "mvirt-audit-") {
@@ -263,7 +264,7 @@ func (s *spool) writeBatch(batch []*pending) error {
 	}
 	s.mu.Lock()
 	last := &s.segments[len(s.segments)-1]
-	full := last.size >= segmentSize && last.count > 0
+	full := last.size >= int64(min(segmentSize, s.limit/8)) && last.count > 0
 	if s.bytes+uint64(len(buf)) > s.limit {
 		s.mu.Unlock()
 		return errs.New(errs.Exhausted, "the audit spool is full (%d bytes)", s.limit).Because("AUDIT_FULL").Do("get the log plugin to work again: mvirt plugin show log")
@@ -280,7 +281,7 @@ func (s *spool) writeBatch(batch []*pending) error {
 
 	_, err := f.WriteAt(buf, at)
 	if err == nil {
-		err = f.Sync()
+		err = s.sync(f)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -308,7 +309,7 @@ func (s *spool) rotateLocked() error {
 		return errs.Wrap(errs.Unknown, err, "new segment of the audit spool")
 	}
 	if _, err = f.WriteAt([]byte(segmentMagic), 0); err == nil {
-		err = errors.Join(f.Sync(), syncDir(s.dir))
+		err = errors.Join(s.sync(f), s.syncDir())
 	}
 	if err != nil {
 		f.Close()
@@ -450,11 +451,11 @@ func (s *spool) close() error {
 	return s.file.Close()
 }
 
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
+func (s *spool) syncDir() error {
+	d, err := os.Open(s.dir)
 	if err != nil {
 		return err
 	}
 	defer d.Close()
-	return d.Sync()
+	return s.sync(d)
 }

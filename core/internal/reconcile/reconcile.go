@@ -60,9 +60,10 @@ type Options struct {
 	Audit    func(ctx context.Context, e log.Entry) error
 	Publish  func(e bus.Event)
 	Up       func(k service.Kind) bool // whether a plugin answers now
-	Seen     func(vm vmm.VM)           // told of each VM that the watch shows
-	StateDir string                    // keeps the id of the boot whose VMs were started
-	BootID   string                    // "" : the kernel's
+	// Seen is told of each VM that the watch shows; started: it was seen to start. ctx ends with the watch.
+	Seen     func(ctx context.Context, vm vmm.VM, started bool)
+	StateDir string // keeps the id of the boot whose VMs were started
+	BootID   string // "" : the kernel's
 	Log      *slog.Logger
 }
 
@@ -83,7 +84,7 @@ func New(opt Options) *Reconciler {
 		opt.Log = slog.Default()
 	}
 	if opt.Seen == nil {
-		opt.Seen = func(vmm.VM) {}
+		opt.Seen = func(context.Context, vmm.VM, bool) {}
 	}
 	r := &Reconciler{opt: opt, trigger: make(chan struct{}, 1), me: plan.Call{Who: operation.Who{Name: "core", Core: true}}, bootID: opt.BootID}
 	if r.bootID == "" {
