@@ -2,6 +2,8 @@ package storagekit
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,13 +15,15 @@ import (
 	"github.com/mvirt/mvirt/sdk/storagekit/internal/store"
 )
 
-// request is what a create is remembered by. Fields must be values; an id is made of them and of op.
+// request is what a create is remembered by: the digest of its fields. It is short, because it is kept with
+// the object, and it is not secret, so that a URL with a password does not stand in it.
 func request(op string, fields any) string {
 	b, err := json.Marshal(fields)
 	if err != nil {
 		return op // not reached: requests are plain values
 	}
-	return op + " " + string(b)
+	sum := sha256.Sum256(b)
+	return op + " " + hex.EncodeToString(sum[:16])
 }
 
 // existing answers a repeated create: the object itself when the request is the same, errs.Exists otherwise.

@@ -173,13 +173,25 @@ func compare(h hash.Hash, want string) error {
 }
 
 func (j *Job) worker(src *os.File, length int64, whole bool, hint int64, dense bool, arrived <-chan worker.Arrival, progress func(done, total, wrote int64)) (worker.Job, func(), error) {
-	// For a compressed image that must be looked up; without a name, so nothing can be left.
-	scratch, err := os.OpenFile(j.Staging, unix.O_TMPFILE|os.O_RDWR, 0o600)
+	scratch, err := scratchFile(j.Staging)
 	if err != nil {
 		return worker.Job{}, nil, fmt.Errorf("make a scratch file: %w", err)
 	}
 	return worker.Job{As: j.As, Source: src, Length: length, Whole: whole, Hint: hint, Dense: dense, Scratch: scratch,
 		Limits: j.Limits, Target: j.Open, Grow: j.Grow, Progress: progress, Arrived: arrived}, func() { scratch.Close() }, nil
+}
+
+// scratchFile is for a compressed image that must be looked up. It has no name, so nothing of it can be left.
+func scratchFile(dir string) (*os.File, error) {
+	f, err := os.OpenFile(dir, unix.O_TMPFILE|os.O_RDWR, 0o600)
+	if !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EISDIR) {
+		return f, err
+	}
+	// ZFS knows O_TMPFILE from version 2.2 on.
+	if f, err = os.CreateTemp(dir, "scratch-"); err != nil {
+		return nil, err
+	}
+	return f, os.Remove(f.Name())
 }
 
 // fromFile imports what can be read anywhere at any time.

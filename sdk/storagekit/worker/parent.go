@@ -151,7 +151,8 @@ func Run(ctx context.Context, job Job) (Result, error) {
 func died(werr error, words string) error {
 	e := &errs.Error{Kind: errs.Internal, Reason: "WORKER_DIED", Message: "the worker that converts the image died", Err: werr,
 		Remedy: "try again; if it happens again with this image, report the image as a bug"}
-	if bytes.Contains([]byte(words), []byte("out of memory")) || bytes.Contains([]byte(words), []byte("cannot allocate")) {
+	if bytes.Contains([]byte(words), []byte("out of memory")) || bytes.Contains([]byte(words), []byte("cannot allocate")) ||
+		bytes.Contains([]byte(words), []byte("failed to allocate")) {
 		return &errs.Error{Kind: errs.Invalid, Reason: "BAD_IMAGE",
 			Message: fmt.Sprintf("the image needs more than %d MiB of memory to decompress", memoryLimit>>20),
 			Remedy:  "compress it again with smaller settings, or decompress it first"}

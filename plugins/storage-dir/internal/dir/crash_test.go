@@ -125,7 +125,9 @@ func story(ctx context.Context, root, image string, s *storagekit.Service) error
 			}
 			return s.DeleteTemplate(ctx, storage.Ref{Ref: id})
 		},
-		func() error { return s.DeleteVolume(ctx, storage.DeleteVolumeRequest{Ref: storyVolume, WithSnapshots: true}) },
+		func() error {
+			return s.DeleteVolume(ctx, storage.DeleteVolumeRequest{Ref: storyVolume, WithSnapshots: true})
+		},
 	}
 	// What a run before this one left of the end of the story.
 	if t, err := s.GetTemplate(ctx, storage.Ref{Ref: "i"}); err == nil {

@@ -199,37 +199,6 @@ func TestAttach(t *testing.T) {
 	}
 }
 
-// TestSnapshotOfBusyVolume: without reflinks a snapshot under a writing guest is refused rather than torn.
-func TestSnapshotOfBusyVolume(t *testing.T) {
-	root := t.TempDir()
-	s := open(t, root, options())
-	if must(s.Stats(t.Context()))(t).Reflink {
-		t.Skip("the file system here has reflinks: snapshots are of one moment anyway")
-	}
-	v := volume(t, s, "busy", 64*mib)
-	must(s.Attach(t.Context(), storage.AttachRequest{VolumeID: v.ID, Owner: service.Owner{VMID: ident.New(), UID: uint32(os.Geteuid())}}))(t)
-	stop, done := make(chan struct{}), make(chan struct{})
-	f := must(os.OpenFile(file(root, v.ID), os.O_RDWR, 0))(t)
-	defer f.Close()
-	go func() {
-		defer close(done)
-		for i := int64(0); ; i++ {
-			select {
-			case <-stop:
-				return
-			default:
-				f.WriteAt([]byte("x"), i%(64*mib))
-			}
-		}
-	}()
-	_, err := s.CreateSnapshot(t.Context(), storage.CreateSnapshotRequest{ID: ident.New(), VolumeID: v.ID, Name: "torn"})
-	close(stop)
-	<-done
-	want(t, err, errs.Precondition, "VOLUME_BUSY")
-	clean(t, root, s)
-	snapshot(t, s, v.ID, "quiet")
-}
-
 func TestDamaged(t *testing.T) {
 	root := t.TempDir()
 	s := open(t, root, options())
