@@ -236,10 +236,13 @@ func TestChecks(t *testing.T) {
 	if _, err := Deposit(t.Context(), path, refuse, file(t, "x")); err == nil || !strings.Contains(err.Error(), "not you") {
 		t.Errorf("client's check: %v", err)
 	}
-	var seen Peer
-	_, path = serve(t, func(p Peer) error { seen = p; return nil })
-	if _, err := Deposit(t.Context(), path, nil, file(t, "x")); err != nil || seen.PID != int32(os.Getpid()) || seen.UID != me {
-		t.Errorf("peer %+v, %v", seen, err)
+	peers := make(chan Peer, 1)
+	_, path = serve(t, func(p Peer) error { peers <- p; return nil })
+	if _, err := Deposit(t.Context(), path, nil, file(t, "x")); err != nil {
+		t.Error(err)
+	}
+	if seen := <-peers; seen.PID != int32(os.Getpid()) || seen.UID != me {
+		t.Errorf("peer %+v", seen)
 	}
 }
 

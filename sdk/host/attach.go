@@ -2,6 +2,7 @@ package host
 
 import (
 	"context"
+	"errors"
 	"os"
 	"strings"
 	"time"
@@ -44,18 +45,40 @@ func Attach(ctx context.Context, addr string, cfg Config) (*Plugin, error) {
 		conn.Close()
 		return nil, errs.Wrap(errs.Unavailable, err, "the plugin's process %d", p.info.PID)
 	}
-	go func() {
-		defer unix.Close(fd)
-		for {
-			n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, -1)
-			if n > 0 || (err != nil && err != unix.EINTR) { //nolint:errorlint // an errno
-				break
-			}
-		}
-		p.mu.Lock()
-		p.exit = Exit{Code: -1, At: time.Now()}
-		p.mu.Unlock()
-		close(p.exited)
-	}()
+	pidfd := os.NewFile(uintptr(fd), "pidfd")
+	p.leave = make(chan struct{})
+	go p.watchAttached(pidfd)
 	return p, nil
+}
+
+// watchAttached ends when the process does, or when the host has left.
+func (p *Plugin) watchAttached(pidfd *os.File) {
+	ended := make(chan struct{})
+	wakeR, wakeW, err := os.Pipe()
+	if err == nil {
+		go func() {
+			defer close(ended)
+			for {
+				// wakeR reads EOF when the host leaves.
+				fds := []unix.PollFd{{Fd: int32(pidfd.Fd()), Events: unix.POLLIN}, {Fd: int32(wakeR.Fd()), Events: unix.POLLIN}}
+				if _, err := unix.Poll(fds, -1); err == nil || !errors.Is(err, unix.EINTR) {
+					return
+				}
+			}
+		}()
+		select {
+		case <-ended:
+		case <-p.leave:
+		}
+		wakeW.Close()
+		<-ended
+		wakeR.Close()
+	} else {
+		<-p.leave
+	}
+	pidfd.Close()
+	p.mu.Lock()
+	p.exit = Exit{Code: -1, At: time.Now()}
+	p.mu.Unlock()
+	close(p.exited)
 }

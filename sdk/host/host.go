@@ -61,6 +61,7 @@ type Plugin struct {
 	hostSrv *grpc.Server
 
 	exited chan struct{}
+	leave  chan struct{} // attached: closed when the host lets go; nil otherwise
 	mu     sync.Mutex
 	exit   Exit
 	once   sync.Once
@@ -79,8 +80,12 @@ func Launch(ctx context.Context, cfg Config) (*Plugin, error) {
 		return nil, err
 	}
 	p := &Plugin{proc: proc, exited: make(chan struct{}), out: readOutput(proc.Stdout, proc.Stderr, cfg.Log)}
+	err = p.serveHost(cfg.Host)
 	go p.reap()
-	if err := p.start(ctx, cfg, limit); err != nil {
+	if err == nil {
+		err = p.start(ctx, cfg, limit)
+	}
+	if err != nil {
 		p.Kill()
 		return nil, err
 	}
@@ -110,9 +115,6 @@ func (p *Plugin) reap() {
 }
 
 func (p *Plugin) start(ctx context.Context, cfg Config, limit time.Duration) error {
-	if err := p.serveHost(cfg.Host); err != nil {
-		return err
-	}
 	line, err := p.handshake(ctx, limit)
 	if err != nil {
 		return err
@@ -134,12 +136,37 @@ func (p *Plugin) start(ctx context.Context, cfg Config, limit time.Duration) err
 	if _, err := p.client.Start(); err != nil {
 		return p.launchError(ReasonNotAPlugin, err, "the handshake failed", "rebuild the plugin against this version of the SDK")
 	}
-	proto, err := p.client.Client()
-	if err != nil {
-		return p.launchError(ReasonPeer, err, "cannot connect to the plugin's socket", "look at the plugin's last lines: `mvirt plugin show`")
+	if err := p.connect(ctx, limit); err != nil {
+		return err
 	}
-	p.conn = proto.(*goplugin.GRPCClient).Conn
 	return p.describe(ctx, cfg.Kind, p.conn, p.exchange(launch.FDSocket(p.proc.LaunchDir), p.check))
+}
+
+// connect makes go-plugin's connection. Its Client() waits without a deadline for a peer that accepts and then
+// says nothing (it opens a stream at once), so it gets one here: the process's death ends it.
+func (p *Plugin) connect(ctx context.Context, limit time.Duration) error {
+	type result struct {
+		proto goplugin.ClientProtocol
+		err   error
+	}
+	done := make(chan result, 1)
+	go func() {
+		proto, err := p.client.Client()
+		done <- result{proto, err}
+	}()
+	var r result
+	select {
+	case r = <-done:
+	case <-ctx.Done():
+		p.proc.Signal(syscall.SIGKILL)
+		return p.launchError(ReasonHandshake, nil, fmt.Sprintf("the plugin's socket does not answer within %v", limit),
+			"see its last lines; if it is only slow, raise start_timeout in the configuration")
+	}
+	if r.err != nil {
+		return p.launchError(ReasonPeer, r.err, "cannot connect to the plugin's socket", "look at the plugin's last lines: `mvirt plugin show`")
+	}
+	p.conn = r.proto.(*goplugin.GRPCClient).Conn
+	return nil
 }
 
 // handshake waits for the plugin's one line and judges it before go-plugin does, whose errors are only text.
@@ -271,7 +298,7 @@ func (p *Plugin) PID() int {
 	return p.proc.PID
 }
 
-// Exited is closed when the process has ended.
+// Exited is closed when the process has ended; of an attached plugin, also when it has been left.
 func (p *Plugin) Exited() <-chan struct{} { return p.exited }
 
 // Exit tells how the process ended; false while it runs.
@@ -294,14 +321,23 @@ func (p *Plugin) StderrTail() []string {
 	return p.out.tail.get()
 }
 
+// DefaultStopTimeout bounds a Stop whose context has no deadline.
+const DefaultStopTimeout = 10 * time.Second
+
 // Stop ends the plugin in order: its Shutdown within ctx, then, if it is still there, SIGKILL. It returns
-// when the process has ended, at the latest five seconds behind ctx. The error says what was not in order.
+// when the process has ended, at the latest five seconds behind ctx. The error says what was not in order. A
+// plugin that was attached is only left: whoever started it ends it.
 func (p *Plugin) Stop(ctx context.Context) error {
-	err := p.Clients.Base.Shutdown(ctx)
 	if p.proc == nil {
 		p.release()
-		return err
+		return nil
 	}
+	if _, ok := ctx.Deadline(); !ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, DefaultStopTimeout)
+		defer cancel()
+	}
+	err := p.Clients.Base.Shutdown(ctx)
 	p.proc.Lifeline.Close()
 	grace := time.NewTimer(2 * time.Second) // the plugin exits by itself one second after its answer
 	defer grace.Stop()
@@ -338,6 +374,9 @@ func (p *Plugin) release() {
 		}
 		if p.hostSrv != nil {
 			p.hostSrv.Stop()
+		}
+		if p.leave != nil {
+			close(p.leave)
 		}
 	})
 }

@@ -109,7 +109,7 @@ func startError(path string, err error) error {
 	case errors.Is(err, fs.ErrNotExist):
 		return &errs.Error{Op: "plugin.Launch", Kind: errs.NotFound, Reason: ReasonMissing, Message: "there is no program " + path,
 			Remedy: "install the plugin, or correct command in the configuration", Err: err}
-	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.ENOEXEC):
+	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.ENOEXEC), errors.Is(err, syscall.EISDIR):
 		return &errs.Error{Op: "plugin.Launch", Kind: errs.Precondition, Reason: ReasonNotExec, Message: path + " cannot be executed",
 			Remedy: "give the path of a program and set its execute bits (chmod 755)", Err: err}
 	}

@@ -77,6 +77,9 @@ func run(p Program, args []string) int {
 		return exitUsage
 	}
 	setName(name)
+	if launched {
+		unix.CloseOnExec(launch.LifelineFD) // before anything is started that could inherit it
+	}
 	if *level == "" {
 		*level = os.Getenv(launch.EnvLogLevel)
 	}
@@ -173,7 +176,7 @@ func (s *server) open(listen string) error {
 func (s *server) shutdown(ctx context.Context) error {
 	s.once.Do(func() {
 		defer close(s.ended)
-		s.calls.drain(ctx)
+		s.drain(ctx)
 		s.serr = s.impl.Shutdown(ctx)
 		if s.serr != nil {
 			s.log.Error("shutdown", "error", s.serr.Error())
@@ -181,6 +184,16 @@ func (s *server) shutdown(ctx context.Context) error {
 	})
 	<-s.ended
 	return s.serr
+}
+
+// drain lets calls finish, for at most half of the time there is: the other half is the implementation's.
+func (s *server) drain(ctx context.Context) {
+	if end, ok := ctx.Deadline(); ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, time.Until(end)/2)
+		defer cancel()
+	}
+	s.calls.drain(ctx)
 }
 
 // watch ends the plugin when the host has gone or a service manager says so. stop makes serving return.
@@ -211,7 +224,6 @@ func (s *server) watch(stop func()) {
 		go func() {
 			var b [1]byte
 			f := os.NewFile(launch.LifelineFD, "lifeline")
-			unix.CloseOnExec(launch.LifelineFD)
 			for {
 				if _, err := f.Read(b[:]); err != nil {
 					break
