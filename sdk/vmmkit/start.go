@@ -278,7 +278,11 @@ func (v *machine) hold(ctx context.Context, r *run, inst Instance, l *link) erro
 	}
 	switch st.State {
 	case GuestRunning:
+		found := v.state == vmm.StateUnknown
 		v.setLocked(vmm.StateRunning, st.Reason)
+		if found { // it has run all the time, we only did not know
+			v.since = r.rec.StartedAt
+		}
 	case GuestPaused:
 		v.setLocked(vmm.StatePaused, st.Reason)
 	case GuestOff:

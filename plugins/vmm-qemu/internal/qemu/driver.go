@@ -178,7 +178,7 @@ func (d *Driver) accel() string {
 func (d *Driver) Conditions() []service.Condition {
 	var cs []service.Condition
 	if d.kvm != nil && d.cfg.Accel != "tcg" {
-		cs = append(cs, service.Condition{Code: "KVM_UNAVAILABLE", Severity: service.SeverityWarning, Since: d.since,
+		cs = append(cs, service.Condition{Code: "KVM_UNAVAILABLE", Severity: service.SeverityInfo, Since: d.since,
 			Text:   "guests are emulated (TCG), which is slow: " + d.kvm.Error(),
 			Remedy: "load kvm_intel or kvm_amd, turn virtualisation on in the firmware, and let the plugin's user into the group of /dev/kvm"})
 	}

@@ -92,8 +92,8 @@ func TestRecovery(t *testing.T) {
 		if n := len(r.processes(vm.ID)); n != 1 {
 			t.Errorf("%s: %d processes", step.name, n)
 		}
-		if step.name == "as it was left" && !got.StartedAt.Equal(started) {
-			t.Errorf("started at %v, was %v", got.StartedAt, started)
+		if step.name == "as it was left" && (!got.StartedAt.Equal(started) || !got.Since.Equal(started)) {
+			t.Errorf("started at %v, running since %v, was %v", got.StartedAt, got.Since, started)
 		}
 	}
 
