@@ -41,11 +41,9 @@ func parseStatus(text string) (p Privileges, err error) {
 		var n uint64
 		switch name {
 		case "Uid":
-			n, err = strconv.ParseUint(f[len(f)/2-1], 10, 32) // real, effective, saved, fs
-			p.UID = uint32(n)
+			p.UID, err = effective(f)
 		case "Gid":
-			n, err = strconv.ParseUint(f[len(f)/2-1], 10, 32)
-			p.GID = uint32(n)
+			p.GID, err = effective(f)
 		case "Groups":
 			for _, g := range f {
 				if n, err = strconv.ParseUint(g, 10, 32); err != nil {
@@ -71,6 +69,15 @@ func parseStatus(text string) (p Privileges, err error) {
 		}
 	}
 	return p, nil
+}
+
+// effective picks the second of the four ids in a line: real, effective, saved, file system.
+func effective(f []string) (uint32, error) {
+	if len(f) != 4 {
+		return 0, fmt.Errorf("%d ids instead of four", len(f))
+	}
+	n, err := strconv.ParseUint(f[1], 10, 32)
+	return uint32(n), err
 }
 
 // differs says in what an actual process differs from what was granted, or "".
