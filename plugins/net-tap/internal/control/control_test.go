@@ -116,6 +116,13 @@ func (r *rig) reopen() {
 	r.open()
 }
 
+// settle waits until a network's start or repair is done.
+func (r *rig) settle(id string) {
+	rt := r.runtimeOf(id)
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+}
+
 // wipe removes all networks.
 func (r *rig) wipe() {
 	nics, _ := r.ListNICs(ctx, net.ListNICsRequest{})

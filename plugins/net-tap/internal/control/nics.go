@@ -84,13 +84,17 @@ func (s *Service) addNIC(req *net.CreateNICRequest, created net.CreateNICRequest
 	if err := routedFree(req.RoutedPrefixes, routed, req.ID); err != nil {
 		return nil, nil, err
 	}
+	groups, err := s.groupIDsLocked(req.SecurityGroups)
+	if err != nil {
+		return nil, nil, err
+	}
 	rec := &nicRec{ID: req.ID, Name: req.Name, NetworkID: n.Request.ID, MAC: req.MAC, IPv4: req.IPv4, IPv6: req.IPv6,
-		Routed: slices.Clone(req.RoutedPrefixes), Groups: slices.Clone(req.SecurityGroups), HostName: req.HostName,
+		Routed: slices.Clone(req.RoutedPrefixes), Groups: groups, HostName: req.HostName,
 		Labels: cloneMap(req.Labels), Created: created, CreatedAt: time.Now().UTC(),
 		IfName: shortName(tapPrefix, req.ID, 10, func(name string) bool {
 			return slices.ContainsFunc(values(s.data.NICs), func(o *nicRec) bool { return o.IfName == name })
 		})}
-	err := s.commitLocked(func() { s.data.NICs[rec.ID] = rec }, store.PutNIC(rec))
+	err = s.commitLocked(func() { s.data.NICs[rec.ID] = rec }, store.PutNIC(rec))
 	return rec, s.nets[n.Request.ID], err
 }
 

@@ -34,6 +34,7 @@ type runtime struct {
 	ns     *hostnet.NS
 	taps   map[string][]*os.File // queues of attached NICs, kept to be given again
 	gone   bool                  // deleted, or the service stops
+	flows  *os.File              // the flow table, which outlives a worker
 	deaths []time.Time           // of the worker, the recent ones
 }
 
@@ -69,6 +70,12 @@ func (rt *runtime) ensure() error {
 		return errs.Wrap(errs.Internal, err, "start the packet worker")
 	}
 	if err := rt.call(wctl.Request{Op: wctl.OpNetwork, Network: rt.s.engineNetwork(rec)}); err != nil {
+		return err
+	}
+	if err := rt.ensureFlows(hello.Flows); err != nil {
+		return err
+	}
+	if err := rt.sendGroups(nics); err != nil {
 		return err
 	}
 	known, err := rt.status("")
@@ -263,7 +270,12 @@ func (rt *runtime) sweepTAPs(nics []*nicRec) error {
 }
 
 // pushNIC tells the worker about a NIC; a worker that is gone learns it when it is back.
-func (rt *runtime) pushNIC(rec *nicRec) { rt.push(wctl.Request{Op: wctl.OpNIC, NIC: engineNIC(rec)}) }
+func (rt *runtime) pushNIC(rec *nicRec) {
+	if err := rt.sendGroups([]*nicRec{rec}); err != nil {
+		rt.s.log.Warn("packet worker", "network", rt.id, "error", err)
+	}
+	rt.push(wctl.Request{Op: wctl.OpNIC, NIC: engineNIC(rec)})
+}
 
 func (rt *runtime) push(req wctl.Request) {
 	if err := rt.call(req); err != nil && !rt.gone {
@@ -327,6 +339,10 @@ func (rt *runtime) letGo() {
 	}
 	for id := range rt.taps {
 		rt.closeTAP(id)
+	}
+	if rt.flows != nil {
+		rt.flows.Close()
+		rt.flows = nil
 	}
 	if rt.ns != nil {
 		rt.ns.Close()

@@ -209,9 +209,6 @@ func checkNIC(r *net.CreateNICRequest, n *net.CreateNetworkRequest) error {
 			return errs.Field("host_name", "give a host name of at most 63 letters, digits and '-'", "host name %s is not usable", ident.Quote(r.HostName))
 		}
 	}
-	if len(r.SecurityGroups) > 0 {
-		return errs.New(errs.Unsupported, "this plugin has no security groups").Do("create the NIC without them")
-	}
 	return checkRouted(r.RoutedPrefixes, n)
 }
 

@@ -156,6 +156,16 @@ func (r *Router) advertise(nic *NIC, dst *wire.IP6, mac wire.MAC) {
 // Tick does what is due by the clock, and says when it wants to be called next.
 func (r *Router) Tick(now int64) (next int64) {
 	next = math.MaxInt64
+	if r.flows != nil {
+		if now >= r.nextSweep {
+			r.flows.sweep(uint32(now / 1e9))
+			r.nextSweep = now + sweepEvery
+			if r.flows.Len() == 0 {
+				r.nextSweep = now + sweepIdle
+			}
+		}
+		next = r.nextSweep
+	}
 	if !r.has6 {
 		return next
 	}

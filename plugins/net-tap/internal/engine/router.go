@@ -2,6 +2,7 @@ package engine
 
 import (
 	"net/netip"
+	"slices"
 
 	"github.com/mvirt/mvirt/plugins/net-tap/internal/dhcp4"
 	"github.com/mvirt/mvirt/plugins/net-tap/internal/dhcp6"
@@ -52,6 +53,9 @@ type NIC struct {
 	decline bool
 	nextRA  int64
 	sentRA  int
+	open    bool // in no security group
+	in, out []rule
+	hash    uint32 // of its id
 }
 
 type prefix4 struct{ addr, mask wire.IP4 }
@@ -70,11 +74,16 @@ type Router struct {
 	router6 wire.IP6
 	has6    bool
 
-	nics   map[string]*NIC
-	fib4   fib4
-	fib6   fib6
-	uplink endpoint
-	now    int64 // nanoseconds, monotonic; set by Poll's caller
+	nics      map[string]*NIC
+	fib4      fib4
+	fib6      fib6
+	groups    map[string]*Group
+	rules     uint32 // counts changes of rules
+	flows     *Flows
+	frags     fragCache
+	nextSweep int64
+	uplink    endpoint
+	now       int64 // nanoseconds, monotonic; set by Poll's caller
 
 	burst   [Burst]Packet
 	touched []*endpoint
@@ -121,6 +130,7 @@ func (r *Router) SetNetwork(n Network) {
 	}
 	for _, nic := range r.nics {
 		r.configure(nic)
+		nic.nextRA = 0 // guests are told at once
 	}
 }
 
@@ -136,9 +146,19 @@ func (r *Router) SetNIC(c NICConfig) {
 		nic.nic = nic
 		r.nics[c.ID] = nic
 	}
+	moved := !sameAddrs(&nic.cfg, &c)
 	nic.cfg = c
 	r.configure(nic)
-	r.rebuild()
+	r.compile(nic)
+	r.rules++
+	if moved {
+		r.rebuild()
+	}
+}
+
+// sameAddrs says whether the forwarding table is the same for both.
+func sameAddrs(a, b *NICConfig) bool {
+	return a.IPv4 == b.IPv4 && a.IPv6 == b.IPv6 && slices.Equal(a.Routed, b.Routed) && a.ID == b.ID
 }
 
 // DeleteNIC forgets a NIC and returns its port, if it had one, for the caller to close.

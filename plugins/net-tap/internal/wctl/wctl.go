@@ -36,17 +36,20 @@ type Op string
 
 // Operations.
 const (
-	OpHello     Op = "hello"      // who are you: Reply.Hello
-	OpNetwork   Op = "network"    // Network replaces the configuration
-	OpUplink    Op = "uplink"     // one descriptor: a TUN; without: no uplink
-	OpNIC       Op = "nic"        // NIC is added or changed
-	OpDeleteNIC Op = "delete-nic" // ID and its port go
-	OpAttachTAP Op = "attach-tap" // ID gets a port; descriptors: Sockets packet sockets, then TAP queues to keep
-	OpDetach    Op = "detach"     // ID loses its port
-	OpTAPFDs    Op = "tap-fds"    // the TAP queues kept for ID come back with the reply
-	OpStatus    Op = "status"     // Reply.NICs, from ID on (exclusive, in order), as many as fit
-	OpNICStatus Op = "nic-status" // Reply.NICs has ID alone, or nothing if it is not known
-	OpStop      Op = "stop"       // the worker ends
+	OpHello       Op = "hello"        // who are you: Reply.Hello
+	OpNetwork     Op = "network"      // Network replaces the configuration
+	OpUplink      Op = "uplink"       // one descriptor: a TUN; without: no uplink
+	OpNIC         Op = "nic"          // NIC is added or changed
+	OpDeleteNIC   Op = "delete-nic"   // ID and its port go
+	OpAttachTAP   Op = "attach-tap"   // ID gets a port; descriptors: Sockets packet sockets, then TAP queues to keep
+	OpDetach      Op = "detach"       // ID loses its port
+	OpTAPFDs      Op = "tap-fds"      // the TAP queues kept for ID come back with the reply
+	OpGroup       Op = "group"        // Group is added or changed
+	OpDeleteGroup Op = "delete-group" // ID goes
+	OpFlows       Op = "flows"        // one descriptor: a memfd for the flow table; without: the one there is comes back
+	OpStatus      Op = "status"       // Reply.NICs, from ID on (exclusive, in order), as many as fit
+	OpNICStatus   Op = "nic-status"   // Reply.NICs has ID alone, or nothing if it is not known
+	OpStop        Op = "stop"         // the worker ends
 )
 
 // Request is what the control plane sends.
@@ -56,6 +59,7 @@ type Request struct {
 	ID      string            `json:",omitempty"`
 	Network *engine.Network   `json:",omitempty"`
 	NIC     *engine.NICConfig `json:",omitempty"`
+	Group   *engine.Group     `json:",omitempty"`
 	Sockets int               `json:",omitempty"`
 }
 
@@ -75,6 +79,7 @@ type Hello struct {
 	NetworkID string
 	PID       int
 	Uplink    bool
+	Flows     bool   // it has a flow table
 	Sandbox   string // what confines it, in words
 }
 

@@ -38,6 +38,7 @@ type loop struct {
 	epoll  int
 	wake   int // eventfd
 	start  time.Time
+	base   int64 // CLOCK_MONOTONIC at start: what flows in shared memory are dated by
 	events func(id, typ, text string)
 
 	mu   sync.Mutex
@@ -59,7 +60,11 @@ func newLoop(events func(id, typ, text string)) (*loop, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &loop{router: engine.New(engine.Network{}), bufs: port.NewBuffers(), epoll: epoll, wake: wake,
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts); err != nil {
+		return nil, err
+	}
+	l := &loop{base: ts.Nano(), router: engine.New(engine.Network{}), bufs: port.NewBuffers(), epoll: epoll, wake: wake,
 		start: time.Now(), events: events, sources: map[int32]*source{}, trouble: map[string]string{}}
 	return l, l.watch(wake)
 }
@@ -129,8 +134,8 @@ func (l *loop) timeout() int {
 	return int(min((l.next-now)/1e6+1, 1<<30))
 }
 
-// now is monotonic and never zero.
-func (l *loop) now() int64 { return int64(time.Since(l.start)) + 1 }
+// now is CLOCK_MONOTONIC, without a system call.
+func (l *loop) now() int64 { return l.base + int64(time.Since(l.start)) }
 
 // serve moves what one port has.
 func (l *loop) serve(s *source, events uint32) {

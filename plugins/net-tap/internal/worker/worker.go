@@ -73,16 +73,17 @@ type server struct {
 	mu   sync.Mutex
 	conn int // the current connection, or -1
 
-	busy sync.Mutex       // one request at a time; guards what follows
-	taps map[string][]int // TAP queues kept for the control plane
-	up   bool
+	busy  sync.Mutex       // one request at a time; guards what follows
+	taps  map[string][]int // TAP queues kept for the control plane
+	up    bool
+	flows int // memfd of the flow table, or -1
 }
 
 func serve(network string, uid int, sandbox string) error {
 	if err := unix.Listen(controlFD, 4); err != nil {
 		return fmt.Errorf("listen: %w", err)
 	}
-	s := &server{network: network, uid: uid, sandbox: sandbox, conn: -1, taps: map[string][]int{}}
+	s := &server{network: network, uid: uid, sandbox: sandbox, conn: -1, flows: -1, taps: map[string][]int{}}
 	l, err := newLoop(s.event)
 	if err != nil {
 		return err
@@ -164,14 +165,14 @@ func (s *server) event(id, typ, text string) {
 func (s *server) handle(req *wctl.Request, fds []int, rep *wctl.Reply) (give []int, err error) {
 	left := fds // closed at the end unless somebody took them
 	defer func() { wctl.CloseAll(left) }()
-	if len(fds) > 0 { // the port's own; TAP queues are the hypervisor's to set
+	if len(fds) > 0 && req.Op != wctl.OpFlows { // the port's own; TAP queues are the hypervisor's to set
 		if err := unix.SetNonblock(fds[0], true); err != nil {
 			return nil, err
 		}
 	}
 	switch req.Op {
 	case wctl.OpHello:
-		rep.Hello = &wctl.Hello{Version: wctl.Version, NetworkID: s.network, PID: os.Getpid(), Uplink: s.up, Sandbox: s.sandbox}
+		rep.Hello = &wctl.Hello{Version: wctl.Version, NetworkID: s.network, PID: os.Getpid(), Uplink: s.up, Flows: s.flows >= 0, Sandbox: s.sandbox}
 	case wctl.OpNetwork:
 		if req.Network == nil {
 			return nil, fmt.Errorf("no network in the request")
@@ -212,6 +213,25 @@ func (s *server) handle(req *wctl.Request, fds []int, rep *wctl.Reply) (give []i
 		s.dropTAPs(req.ID)
 	case wctl.OpTAPFDs:
 		give = s.taps[req.ID]
+	case wctl.OpGroup:
+		if req.Group == nil {
+			return nil, fmt.Errorf("no group in the request")
+		}
+		s.loop.do(func() { s.loop.router.SetGroup(*req.Group) })
+	case wctl.OpDeleteGroup:
+		s.loop.do(func() { s.loop.router.DeleteGroup(req.ID) })
+	case wctl.OpFlows:
+		switch {
+		case len(fds) == 0 && s.flows >= 0:
+			give = []int{s.flows}
+		case len(fds) > 0 && s.flows >= 0:
+			return nil, fmt.Errorf("there is a flow table already")
+		case len(fds) > 0:
+			if err := s.setFlows(fds[0]); err != nil {
+				return nil, err
+			}
+			left = fds[1:]
+		}
 	case wctl.OpStatus:
 		s.status(req.ID, rep)
 	case wctl.OpNICStatus:
@@ -225,6 +245,35 @@ func (s *server) handle(req *wctl.Request, fds []int, rep *wctl.Reply) (give []i
 		err = fmt.Errorf("unknown operation %q", req.Op)
 	}
 	return give, err
+}
+
+// setFlows maps the flow table. The memfd is sealed against shrinking, or an access could fault.
+func (s *server) setFlows(fd int) error {
+	seals, err := unix.FcntlInt(uintptr(fd), unix.F_GET_SEALS, 0)
+	if err != nil || seals&unix.F_SEAL_SHRINK == 0 {
+		return fmt.Errorf("the flow table's memory is not sealed: %v", err)
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
+	}
+	mem, err := unix.Mmap(fd, 0, int(st.Size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return fmt.Errorf("map the flow table: %w", err)
+	}
+	var f *engine.Flows
+	s.loop.do(func() {
+		if f, err = engine.NewFlows(mem, uint32(s.loop.now()/1e9)); err == nil {
+			s.loop.router.SetFlows(f)
+		}
+	})
+	if err != nil {
+		_ = unix.Munmap(mem)
+		return err
+	}
+	s.flows = fd
+	log.Printf("network %s: flow table with %d flows", s.network, f.Len())
+	return nil
 }
 
 func (s *server) dropTAPs(id string) {
