@@ -133,6 +133,12 @@ func testCore() {
 	switch os.Args[3] {
 	case "exit":
 		os.Exit(3)
+	case "flood": // many starts, and nobody reads the answers
+		for i := range uint32(1000) {
+			if cl.c.send(&message{Type: msgStart, Seq: 1000 + i, Kind: 4}) != nil {
+				break
+			}
+		}
 	case "garbage":
 		syscall.Sendmsg(CoreSocketFD, []byte{9, 9, 9}, nil, nil, 0)
 	case "config":

@@ -8,6 +8,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -80,7 +81,11 @@ type root struct {
 	lock  *os.File
 
 	starting sync.WaitGroup // starts that the core asked for and that have not been answered
+	pending  atomic.Int32   // how many these are
 }
+
+// maxPending bounds the starts that a core may have under way; an honest one has one of each kind.
+const maxPending = 16
 
 func (r *root) prepare() error {
 	c := &r.o.Config.Core
@@ -137,6 +142,9 @@ func (r *root) loop(sigs <-chan os.Signal) error {
 				err = fmt.Errorf("the core ended with %s", exit)
 			}
 			return err
+		}
+		if errs.KindOf(err) == errs.Precondition {
+			return err // the host must be changed first: mvirtd's own binary is not executable for the core's user
 		}
 		if err != nil {
 			r.o.Log.Error("the core cannot be started", "error", err)
@@ -263,6 +271,10 @@ func (r *root) serve(c conn) error {
 		switch m.Type {
 		case msgStart:
 			kind := kindOf(m.Kind)
+			if r.pending.Add(1) > maxPending {
+				r.pending.Add(-1)
+				return errNotFromCore
+			}
 			r.starting.Add(1)
 			go r.startPlugin(c, m.Seq, kind)
 		case msgSignal:
@@ -281,10 +293,16 @@ func (r *root) serve(c conn) error {
 
 // startPlugin starts a plugin, tells the core, and later tells it of the end.
 func (r *root) startPlugin(c conn, seq uint32, kind service.Kind) {
+	answered := func() {
+		r.pending.Add(-1)
+		r.starting.Done()
+	}
 	l, err := r.st.start(kind)
 	if err != nil {
-		_ = c.send(failure(seq, err))
-		r.starting.Done()
+		if c.send(failure(seq, err)) != nil {
+			c.hangUp()
+		}
+		answered()
 		return
 	}
 	err = c.send(&message{Type: msgStarted, Seq: seq, Launch: l.id, PID: uint32(l.child.pid), UID: l.uid, Dir: l.dir},
@@ -293,11 +311,14 @@ func (r *root) startPlugin(c conn, seq uint32, kind service.Kind) {
 	closeAll([]*os.File{l.stdout, l.stderr, l.lifeline})
 	if err != nil {
 		l.child.signal(unix.SIGKILL)
+		c.hangUp()
 	}
-	r.starting.Done()
+	answered()
 	<-l.ended
 	e := l.child.exit
-	_ = c.send(&message{Type: msgExited, Launch: l.id, Code: uint32(e.Code), Signal: uint8(e.Signal), At: e.At.UnixNano()})
+	if c.send(&message{Type: msgExited, Launch: l.id, Code: uint32(e.Code), Signal: uint8(e.Signal), At: e.At.UnixNano()}) != nil {
+		c.hangUp() // a core that has not heard of this would wait for ever
+	}
 	l.child.close()
 }
 

@@ -276,16 +276,20 @@ func TestRootSignalAndExit(t *testing.T) {
 	}
 }
 
-// A core that talks nonsense is killed and started again.
-func TestRootGarbage(t *testing.T) {
+// A core that talks nonsense, or far too much, is killed and started again.
+func TestRootHostileCore(t *testing.T) {
 	needRoot(t)
-	dir, bin := selfCopy(t)
-	cfg := rootConfig(dir, bin, "[plugin.vmm]\ncommand = \"BIN\"\nargs = [\"test-plugin\", \"stay\"]\nuser = \"4003\"\ngroup = \"4003\"\n")
-	r := newRig(t, dir, cfg, "vmm", "garbage")
-	first := r.report("core ")
-	second := r.report("core ")
-	if first.PID == second.PID || alive(first.PID) {
-		t.Error("it lives on")
+	for _, how := range []string{"garbage", "flood"} {
+		t.Run(how, func(t *testing.T) {
+			dir, bin := selfCopy(t)
+			cfg := rootConfig(dir, bin, "[plugin.vmm]\ncommand = \"BIN\"\nargs = [\"test-plugin\", \"stay\"]\nuser = \"4003\"\ngroup = \"4003\"\n")
+			r := newRig(t, dir, cfg, "vmm", how)
+			first := r.report("core ")
+			second := r.report("core ")
+			if first.PID == second.PID || alive(first.PID) {
+				t.Error("it lives on")
+			}
+		})
 	}
 }
 

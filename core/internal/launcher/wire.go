@@ -188,6 +188,16 @@ func exitOf(m *message) Exit {
 	return Exit{Code: int(m.Code), Signal: syscall.Signal(m.Signal), At: time.Unix(0, m.At)}
 }
 
+// sendTime is how long a message may wait for room in the socket: the other end answers in microseconds.
+const sendTime = 5 * time.Second
+
+// hangUp ends the conversation for both ends; a reader of ours sees its end.
+func (c conn) hangUp() {
+	if raw, err := c.f.SyscallConn(); err == nil {
+		_ = raw.Control(func(fd uintptr) { _ = unix.Shutdown(int(fd), unix.SHUT_RDWR) })
+	}
+}
+
 // conn is one end of the socketpair. send may be called concurrently; recv by one goroutine.
 type conn struct{ f *os.File }
 
@@ -212,6 +222,10 @@ func (c conn) send(m *message, files ...*os.File) error {
 			fds[i] = int(f.Fd())
 		}
 		oob = unix.UnixRights(fds...)
+	}
+	// A peer that does not read must not hold up the launcher; both ends are given the same time.
+	if err := c.f.SetWriteDeadline(time.Now().Add(sendTime)); err != nil {
+		return err
 	}
 	b := encodeMessage(m)
 	var serr error

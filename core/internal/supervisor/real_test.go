@@ -263,10 +263,11 @@ func TestBadBinaries(t *testing.T) {
 		{name: "other kind", args: "kind", reason: "WRONG_KIND", want: []string{"[plugin.log]"}},
 		{name: "exits at once", args: "exit", reason: "EXITED", want: []string{"exit status 9", "no such database"}},
 		{name: "cannot open its data", args: "open", reason: "EXITED", want: []string{"from a newer version", "install a newer mvirt-log"}},
-		{name: "hangs in its handshake", args: "hang", more: "start_timeout = \"300ms\"", reason: "HANDSHAKE_TIMEOUT", want: []string{"300ms", "start_timeout"}},
-		{name: "serves elsewhere", args: "elsewhere", more: "start_timeout = \"500ms\"", reason: "", want: []string{"socket"}},
+		{name: "hangs in its handshake", args: "hang", more: "start_timeout = \"1s\"", reason: "HANDSHAKE_TIMEOUT", want: []string{"1s", "start_timeout"}},
+		{name: "serves elsewhere", args: "elsewhere", more: "start_timeout = \"3s\"", reason: "", want: []string{"socket"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel() // they mostly wait
 			dir := shortDir(t)
 			bin := selfCopy(t, dir)
 			if c.change != nil {
