@@ -13,6 +13,7 @@ import (
 	"github.com/cockroachdb/pebble/v2"
 
 	"github.com/mvirt/mvirt/plugins/log-lsm/internal/block"
+	"github.com/mvirt/mvirt/plugins/log-lsm/internal/head"
 	"github.com/mvirt/mvirt/plugins/log-lsm/internal/keys"
 )
 
@@ -28,19 +29,42 @@ var ErrMissing = errors.New("number is not in the dictionary")
 // one goroutine.
 type Objects struct {
 	db   Getter
-	seed maphash.Seed
+	a, b maphash.Seed
 
 	mu      sync.Mutex
 	next    uint32
-	byText  []slot   // by hash, in sets of ways
-	byNum   []slot   // direct-mapped by number
-	pending []string // interned since the last Done: numbers next-len … next-1
+	byHash  []hashSlot // in sets of ways
+	byNum   []slot     // direct-mapped by number
+	pending []string   // interned since the last Done: numbers next-len … next-1
 	fresh   map[string]uint32
+	damaged damage
+}
+
+// damage remembers what could not be read: each try costs Pebble the search for a flipped bit.
+type damage map[uint32]error
+
+const maxDamage = 4096
+
+func (d *damage) noteLocked(num uint32, err error) {
+	if *d == nil || len(*d) >= maxDamage {
+		*d = damage{}
+	}
+	(*d)[num] = err
 }
 
 type slot struct {
 	text string
 	num  uint32
+}
+
+type hashSlot struct {
+	hash head.ObjectHash
+	num  uint32
+}
+
+// Hash is what stands for an object id in memory.
+func (d *Objects) Hash(text []byte) head.ObjectHash {
+	return head.ObjectHash{A: maphash.Bytes(d.a, text), B: maphash.Bytes(d.b, text)}
 }
 
 // NewObjects makes the dictionary; next is the first free number (from 1), slots how many ids are kept in
@@ -50,7 +74,7 @@ func NewObjects(db Getter, next uint32, slots int) *Objects {
 	for n < slots {
 		n *= 2
 	}
-	return &Objects{db: db, seed: maphash.MakeSeed(), next: next, byText: make([]slot, n), byNum: make([]slot, n), fresh: map[string]uint32{}}
+	return &Objects{db: db, a: maphash.MakeSeed(), b: maphash.MakeSeed(), next: next, byHash: make([]hashSlot, n), byNum: make([]slot, n), fresh: map[string]uint32{}}
 }
 
 // Next is the first free number.
@@ -64,27 +88,44 @@ func (d *Objects) Next() uint32 {
 const ways = 4
 
 // setLocked is the places of a hash.
-func (d *Objects) setLocked(h uint64) []slot {
-	i := h & uint64(len(d.byText)/ways-1) * ways
-	return d.byText[i : i+ways]
+func (d *Objects) setLocked(h uint64) []hashSlot {
+	i := h & uint64(len(d.byHash)/ways-1) * ways
+	return d.byHash[i : i+ways]
 }
 
 // putLocked remembers an id; of those in the same places the one that was put first goes.
-func (d *Objects) putLocked(text string, num uint32) {
-	set := d.setLocked(maphash.String(d.seed, text))
+func (d *Objects) putLocked(h head.ObjectHash, text string, num uint32) {
+	set := d.setLocked(h.A)
 	if set[0].num != num {
 		copy(set[1:], set)
-		set[0] = slot{text, num}
+		set[0] = hashSlot{h, num}
 	}
 	d.byNum[num&uint32(len(d.byNum)-1)] = slot{text, num}
 }
 
+// Known returns the numbers of object ids from memory, 0 for those that are not there.
+func (d *Objects) Known(dst []uint32, hashes []head.ObjectHash) []uint32 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, h := range hashes {
+		num := uint32(0)
+		for _, s := range d.setLocked(h.A) {
+			if s.hash == h && s.num != 0 {
+				num = s.num
+				break
+			}
+		}
+		dst = append(dst, num)
+	}
+	return dst
+}
+
 // Find returns the number of an object id; ok is false when no packed entry carries it.
 func (d *Objects) Find(text []byte) (num uint32, ok bool, err error) {
-	h := maphash.Bytes(d.seed, text)
+	h := d.Hash(text)
 	d.mu.Lock()
-	for _, s := range d.setLocked(h) {
-		if s.num != 0 && s.text == string(text) {
+	for _, s := range d.setLocked(h.A) {
+		if s.num != 0 && s.hash == h {
 			d.mu.Unlock()
 			return s.num, true, nil
 		}
@@ -107,7 +148,7 @@ func (d *Objects) Find(text []byte) (num uint32, ok bool, err error) {
 	}
 	num = binary.BigEndian.Uint32(v)
 	d.mu.Lock()
-	d.putLocked(string(text), num)
+	d.putLocked(h, string(text), num)
 	d.mu.Unlock()
 	return num, true, nil
 }
@@ -128,7 +169,7 @@ func (d *Objects) Intern(text []byte) (uint32, error) {
 	s := string(text)
 	d.fresh[s] = num
 	d.pending = append(d.pending, s)
-	d.putLocked(s, num)
+	d.putLocked(d.Hash(text), s, num)
 	return num, nil
 }
 
@@ -166,21 +207,29 @@ func (d *Objects) Done() {
 func (d *Objects) Name(num uint32) (string, error) {
 	d.mu.Lock()
 	s := d.byNum[num&uint32(len(d.byNum)-1)]
+	bad := d.damaged[num]
 	d.mu.Unlock()
 	if s.num == num && num != 0 {
 		return s.text, nil
 	}
+	if bad != nil {
+		return "", bad
+	}
 	v, closer, err := d.db.Get(keys.NumberKey(keys.Name, num))
 	if errors.Is(err, pebble.ErrNotFound) {
-		return "", fmt.Errorf("object %d: %w", num, ErrMissing)
+		err = fmt.Errorf("object %d: %w", num, ErrMissing)
 	}
 	if err != nil {
+		d.mu.Lock()
+		d.damaged.noteLocked(num, err)
+		d.mu.Unlock()
 		return "", err
 	}
+	h := d.Hash(v)
 	text := string(v)
 	_ = closer.Close()
 	d.mu.Lock()
-	d.putLocked(text, num)
+	d.putLocked(h, text, num)
 	d.mu.Unlock()
 	return text, nil
 }
@@ -199,9 +248,9 @@ func (d *Objects) Forget(nums []uint32) {
 	for _, n := range nums {
 		gone[n] = true
 	}
-	for i, s := range d.byText {
+	for i, s := range d.byHash {
 		if gone[s.num] {
-			d.byText[i] = slot{}
+			d.byHash[i] = hashSlot{}
 		}
 	}
 }
@@ -231,6 +280,7 @@ type Shapes struct {
 	pending []string
 	fresh   map[uint32]bool
 	seen    map[uint64]uint8 // hash of a text that has no number → times seen
+	damaged damage
 }
 
 // NewShapes makes the dictionary; next is the first free number, from 1.
@@ -329,16 +379,22 @@ func (d *Shapes) Done() {
 // Shape returns the shape of a number.
 func (d *Shapes) Shape(num uint32) (*block.Shape, error) {
 	d.mu.Lock()
-	s := d.byNum[num]
+	s, bad := d.byNum[num], d.damaged[num]
 	d.mu.Unlock()
 	if s != nil {
 		return s, nil
 	}
+	if bad != nil {
+		return nil, bad
+	}
 	v, closer, err := d.db.Get(keys.NumberKey(keys.Text, num))
 	if errors.Is(err, pebble.ErrNotFound) {
-		return nil, fmt.Errorf("shape %d: %w", num, ErrMissing)
+		err = fmt.Errorf("shape %d: %w", num, ErrMissing)
 	}
 	if err != nil {
+		d.mu.Lock()
+		d.damaged.noteLocked(num, err)
+		d.mu.Unlock()
 		return nil, err
 	}
 	text := string(v)

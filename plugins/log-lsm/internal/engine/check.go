@@ -31,7 +31,9 @@ type checker struct {
 	s   *Store
 	ctx context.Context
 	r   CheckReport
-	ids map[uint64]string // of entries seen, by hash, while there are few enough
+	// filter is the filter pages of the segment at hand; nil for one that cannot be read.
+	filter map[byte][]byte
+	ids    map[uint64]string // of entries seen, by hash, while there are few enough
 }
 
 // maxIDs bounds the memory in which ids are compared across segments.
@@ -173,6 +175,7 @@ func (c *checker) keyspaces(sn *snapshot) {
 // segment compares a segment's rows with everything that is derived from them.
 func (c *checker) segment(seg *segment) {
 	c.r.Segments++
+	c.filter = map[byte][]byte{}
 	s := c.s
 	where := fmt.Sprintf("segment %d/%d", seg.level, seg.id)
 	if cp, err := s.readSegment(keys.BlockKey(nil, seg.level, seg.id, copyBlock), seg.level, seg.id); err != nil || !bytes.Equal(cp.encode(), seg.encode()) {
@@ -265,15 +268,23 @@ func (c *checker) rowID(seg *segment, cur *cursor, where string, ms []uint64) []
 		c.bad("%s: id %s is outside of the ranges of ids", where, cur.id)
 	}
 	h := idset.Hash(m, a, b)
-	v, closer, err := c.s.db.Get(keys.FilterKey(seg.level, seg.id, pageOf(h)))
-	if err != nil {
-		c.bad("%s: filter page %d: %v", where, pageOf(h), err)
+	page, known := c.filter[pageOf(h)]
+	if !known {
+		v, closer, err := c.s.db.Get(keys.FilterKey(seg.level, seg.id, pageOf(h)))
+		if err != nil {
+			c.bad("%s: filter page %d: %v", where, pageOf(h), err)
+		} else {
+			page = bytes.Clone(v)
+			_ = closer.Close()
+		}
+		c.filter[pageOf(h)] = page
+	}
+	if page == nil {
 		return append(ms, m)
 	}
-	if in, err := idset.Has(v, inPage(h)); !in || err != nil {
+	if in, err := idset.Has(page, inPage(h)); !in || err != nil {
 		c.bad("%s: id %s is not in the filter (%v)", where, cur.id, err)
 	}
-	_ = closer.Close()
 	return append(ms, m)
 }
 

@@ -64,7 +64,7 @@ func (s *Store) Append(ctx context.Context, entries []log.Entry) error {
 		return s.noSpace()
 	}
 	r := &request{items: make([]head.Item, 0, len(entries)), done: make(chan error, 1)}
-	p := preparer{seed: s.seed, objs: make([]uint64, 0, 2*len(entries))}
+	p := preparer{seed: s.seed, dict: s.objects, objs: make([]head.ObjectHash, 0, 2*len(entries))}
 	buf := make([]byte, 0, size)
 	for i := range entries {
 		at := len(buf)

@@ -65,12 +65,16 @@ func (st *stored) has(it *head.Item) (bool, error) {
 	for l := byte(1); l < levels; l++ {
 		table := st.segs[l]
 		for i := len(table) - 1; i >= 0 && table[i].maxMS >= it.MS; i-- {
-			if !table[i].covers(it.MS) {
+			if !table[i].covers(it.MS) || s.deaf[table[i]] {
 				continue
 			}
 			found, err := s.segmentHas(table[i], it)
 			if err != nil {
-				// A damaged segment must not stop the log; at worst an entry is stored twice.
+				// A damaged segment must not stop the log, nor make it slow; at worst an entry is stored twice.
+				if s.deaf == nil {
+					s.deaf = map[*segment]bool{}
+				}
+				s.deaf[table[i]] = true
 				s.conds.set(condCorrupt, l, fmt.Sprintf("ids of segment %d of level %d cannot be read: %v", table[i].id, l, err))
 				continue
 			}

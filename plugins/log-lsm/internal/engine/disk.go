@@ -168,11 +168,37 @@ func (s *Store) careLoop() {
 			return
 		case <-space.C:
 			s.checkSpace()
+			s.tidy()
 			s.kickSealer()
 		case <-keep.C:
 			if err := s.Retain(); err != nil {
 				s.log.Warn("retention failed; it is tried again", "error", err)
 			}
+		}
+	}
+}
+
+// idlePack is how long nothing must have come before what is in memory is packed, and how much of it: fewer
+// entries make poor segments, and stay in the log.
+const (
+	idlePack    = 10 * time.Second
+	idlePackMin = 4096
+)
+
+// tidy packs what is left in memory after a burst, so that its log goes.
+func (s *Store) tidy() {
+	n := s.stats.appended.Load()
+	if n != s.tidySeen || s.opt.Now().Sub(s.tidyTime) < idlePack {
+		if n != s.tidySeen {
+			s.tidySeen, s.tidyTime = n, s.opt.Now()
+		}
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for l := byte(1); l < levels; l++ {
+		if h := s.active[l]; h.Len() >= idlePackMin && h.Shown() == h.Len() {
+			s.freeze(l, 0)
 		}
 	}
 }

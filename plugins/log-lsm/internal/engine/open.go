@@ -375,7 +375,7 @@ func (s *Store) readSegment(key []byte, l byte, id uint32) (*segment, error) {
 
 // loadRaw fills the heads with what has not been packed.
 func (s *Store) loadRaw() error {
-	p := preparer{seed: s.seed}
+	p := preparer{seed: s.seed, dict: s.objects}
 	part := func(r rawlog.Part) error {
 		l := r.Level
 		if l == 0 || l >= levels {
@@ -444,7 +444,8 @@ func (s *Store) freeze(l byte, next uint64) {
 // preparer makes items of encoded entries.
 type preparer struct {
 	seed maphash.Seed
-	objs []uint64
+	dict *dict.Objects
+	objs []head.ObjectHash
 	view rec.View
 }
 
@@ -460,7 +461,7 @@ func (p *preparer) parse(b []byte) (head.Item, error) {
 	for rest, n := v.RawObjects(), 0; n < v.NObjects; n++ {
 		var o []byte
 		o, rest = rec.NextObject(rest)
-		p.objs = append(p.objs, maphash.Bytes(p.seed, o))
+		p.objs = append(p.objs, p.dict.Hash(o))
 	}
 	it.Objects = p.objs[from:len(p.objs):len(p.objs)]
 	return it, nil

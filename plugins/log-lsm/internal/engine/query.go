@@ -7,7 +7,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash/maphash"
 	"math"
 	"slices"
 	"sort"
@@ -54,7 +53,7 @@ type query struct {
 // wanted is an object that is asked for.
 type wanted struct {
 	text string
-	hash uint64
+	hash head.ObjectHash
 	num  uint32
 	ok   bool // some packed entry carries it
 }
@@ -118,7 +117,7 @@ func (q *query) compile() error {
 		if o == "" || slices.ContainsFunc(q.objs, func(w wanted) bool { return w.text == o }) {
 			continue
 		}
-		q.objs = append(q.objs, wanted{text: o, hash: maphash.String(q.s.seed, o)})
+		q.objs = append(q.objs, wanted{text: o, hash: q.s.objects.Hash([]byte(o))})
 	}
 	if len(lq.Objects) > 0 && len(q.objs) == 0 {
 		return errs.Field("objects", "give ids of 1 to 256 bytes", "an empty object id")

@@ -97,7 +97,6 @@ type packer struct {
 	rows   []uint16
 	buf    []byte
 	key    []byte
-	local  localDict
 }
 
 func newPacker(s *Store) (*packer, error) {
@@ -211,7 +210,6 @@ func (p *packer) fill(b *pebble.Batch, v *head.View, seg *segment) error {
 		p.ids[i] = p.ids[i][:0]
 	}
 	seg.minTime, seg.maxTime = v.Times[p.perm[0]], v.Times[p.perm[len(p.perm)-1]]
-	p.local.reset()
 	for row, at := range p.perm {
 		r, tail := v.Rec(int(at))
 		if err := rec.Parse(r, &p.view); err != nil {
@@ -273,22 +271,19 @@ func (p *packer) set(b *pebble.Batch, seg *segment, key []byte) error {
 }
 
 // numbers sets p.objs for the entry in p.view and notes its postings.
-func (p *packer) numbers(hashes []uint64, row int) error {
-	p.objs = p.objs[:0]
+func (p *packer) numbers(hashes []head.ObjectHash, row int) error {
+	p.objs = p.s.objects.Known(p.objs[:0], hashes)
 	rest := p.view.RawObjects()
-	for i := range p.view.NObjects {
+	for i := range p.objs {
 		var o []byte
 		o, rest = rec.NextObject(rest)
-		num, ok := p.local.find(hashes[i], o)
-		if !ok {
+		if p.objs[i] == 0 {
 			var err error
-			if num, err = p.s.objects.Intern(o); err != nil {
+			if p.objs[i], err = p.s.objects.Intern(o); err != nil {
 				return err
 			}
-			p.local.put(hashes[i], o, num)
 		}
-		p.objs = append(p.objs, num)
-		p.pairs = append(p.pairs, uint64(num)<<16|uint64(row))
+		p.pairs = append(p.pairs, uint64(p.objs[i])<<16|uint64(row))
 	}
 	return nil
 }
@@ -341,58 +336,4 @@ func (p *packer) sortPairs() {
 		from, to = to, from
 	}
 	p.pairs, p.pairs2 = from, to[:cap(to)]
-}
-
-// localDict remembers the objects of the segment at hand: open addressing by the hash that the entry was
-// appended with.
-type localDict struct {
-	slots []localSlot
-	n     int
-}
-
-type localSlot struct {
-	hash uint64
-	num  uint32
-	text []byte // points into the head
-}
-
-func (d *localDict) reset() {
-	if d.slots == nil || len(d.slots) > 1<<18 {
-		d.slots = make([]localSlot, 1<<12)
-	}
-	clear(d.slots)
-	d.n = 0
-}
-
-func (d *localDict) find(hash uint64, text []byte) (uint32, bool) {
-	mask := uint64(len(d.slots) - 1)
-	for i := hash & mask; d.slots[i].num != 0; i = (i + 1) & mask {
-		if d.slots[i].hash == hash && bytes.Equal(d.slots[i].text, text) {
-			return d.slots[i].num, true
-		}
-	}
-	return 0, false
-}
-
-func (d *localDict) put(hash uint64, text []byte, num uint32) {
-	if d.n*2 >= len(d.slots) {
-		old := d.slots
-		d.slots = make([]localSlot, len(old)*4)
-		for _, x := range old {
-			if x.num != 0 {
-				d.place(x)
-			}
-		}
-	}
-	d.n++
-	d.place(localSlot{hash, num, text})
-}
-
-func (d *localDict) place(x localSlot) {
-	mask := uint64(len(d.slots) - 1)
-	i := x.hash & mask
-	for d.slots[i].num != 0 {
-		i = (i + 1) & mask
-	}
-	d.slots[i] = x
 }

@@ -45,7 +45,7 @@ import (
 const levels = 6
 
 // maxRows is the size of a full segment. Rows are 16 bits wide in the index.
-const maxRows = 1 << 16
+const maxRows = head.MaxRows
 
 // Options of a store. Zero fields take the default.
 type Options struct {
@@ -106,10 +106,15 @@ type Store struct {
 	// These belong to the committer.
 	chain    chainState
 	idSeg    idCache
+	deaf     map[*segment]bool // their ids cannot be read
 	groupIDs groupIDs
 	rawFull  bool // the last write to the log found no space
 
 	broken sticky // the log could not be synced
+
+	// These belong to careLoop.
+	tidySeen uint64
+	tidyTime time.Time
 
 	mu      sync.RWMutex
 	active  [levels]*head.Head

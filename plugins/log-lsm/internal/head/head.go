@@ -16,13 +16,17 @@ type Item struct {
 	Rec     []byte // rec encoding
 	Time    int64
 	IDHash  uint64
-	Objects []uint64 // hashes of the object ids
-	ID      []byte   // within Rec
+	Objects []ObjectHash
+	ID      []byte // within Rec
 	Level   byte
 	V7      bool
 	MS      uint64
 	A, B    uint64
 }
+
+// ObjectHash stands for an object id while it is in memory: 128 bits, hashed with keys that are made at start
+// and never leave the process, so that nobody can make two ids that are taken for one.
+type ObjectHash struct{ A, B uint64 }
 
 // Head holds entries of one level.
 type Head struct {
@@ -33,9 +37,9 @@ type Head struct {
 	refs   []ref
 	idHash []uint64
 	objEnd []uint32
-	objs   []uint64
+	objs   []ObjectHash
 	chunks [][]byte
-	slots  []uint32 // open addressing by IDHash: row+1
+	slots  []uint32 // open addressing by IDHash: the hash's 15 highest bits, row+1
 	bytes  int
 	shown  int // rows that are durable
 }
@@ -61,7 +65,7 @@ func (h *Head) Show(n int) { h.shown += n }
 
 // Bytes is the memory in use, about.
 func (h *Head) Bytes() int {
-	return h.bytes + len(h.times)*(8+8+16+4) + len(h.objs)*8 + len(h.slots)*4
+	return h.bytes + len(h.times)*(8+8+16+4) + len(h.objs)*16 + len(h.slots)*4
 }
 
 // Add takes an item behind the last; tail is stored behind its record.
@@ -89,11 +93,19 @@ func (h *Head) Add(it *Item, tail []byte) {
 	}
 }
 
+// MaxRows is the most rows of a head: a slot has 17 bits for them.
+const MaxRows = 1 << 16
+
+const rowMask = 1<<17 - 1
+
+// tag keeps most lookups from going to another place in memory only to find another id.
+func tag(hash uint64) uint32 { return uint32(hash>>49) << 17 }
+
 func (h *Head) index(hash uint64, row uint32) {
 	mask := uint64(len(h.slots) - 1)
 	for i := hash & mask; ; i = (i + 1) & mask {
 		if h.slots[i] == 0 {
-			h.slots[i] = row
+			h.slots[i] = tag(hash) | row
 			return
 		}
 	}
@@ -110,7 +122,10 @@ func (h *Head) grow() {
 func (h *Head) Has(hash uint64, id []byte) bool {
 	mask := uint64(len(h.slots) - 1)
 	for i := hash & mask; h.slots[i] != 0; i = (i + 1) & mask {
-		row := h.slots[i] - 1
+		if h.slots[i]&^rowMask != tag(hash) {
+			continue
+		}
+		row := h.slots[i]&rowMask - 1
 		if h.idHash[row] != hash {
 			continue
 		}
@@ -130,7 +145,7 @@ type View struct {
 	Times  []int64
 	refs   []ref
 	objEnd []uint32
-	objs   []uint64
+	objs   []ObjectHash
 	chunks [][]byte
 }
 
@@ -167,7 +182,7 @@ func (v *View) ID(row int) []byte {
 }
 
 // Objects is the hashes of a row's objects.
-func (v *View) Objects(row int) []uint64 {
+func (v *View) Objects(row int) []ObjectHash {
 	from := uint32(0)
 	if row > 0 {
 		from = v.objEnd[row-1]
