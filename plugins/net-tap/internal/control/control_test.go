@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"syscall"
 	"testing"
 	"time"
 
@@ -121,6 +122,23 @@ func (r *rig) settle(id string) {
 	rt := r.runtimeOf(id)
 	rt.mu.Lock()
 	defer rt.mu.Unlock()
+}
+
+// signalWorker sends a signal to the worker of network "lan" and returns its process id.
+func (r *rig) signalWorker(sig syscall.Signal) uint32 {
+	r.t.Helper()
+	n, err := r.GetNetwork(ctx, net.Ref{Ref: "lan"})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.settle(n.ID)
+	if n, err = r.GetNetwork(ctx, net.Ref{Ref: "lan"}); err != nil || n.WorkerPID == 0 { // 0 would be ourselves
+		r.t.Fatal("no worker", err)
+	}
+	if err := syscall.Kill(int(n.WorkerPID), sig); err != nil {
+		r.t.Fatal(err)
+	}
+	return n.WorkerPID
 }
 
 // wipe removes all networks.

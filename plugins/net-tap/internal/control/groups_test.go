@@ -49,11 +49,7 @@ func TestSecurityGroups(t *testing.T) {
 	// Neither restart forgets a flow.
 	r.reopen()
 	check("an answer after the control plane's restart", datagram(a, b, 6, 5), true)
-	n, _ := r.GetNetwork(ctx, net.Ref{Ref: "lan"})
-	r.settle(n.ID) // the new control plane has adopted the worker, and its flows
-	if err := syscall.Kill(int(n.WorkerPID), syscall.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
+	r.signalWorker(syscall.SIGKILL)
 	eventually(t, "packets flow", func() bool { return datagram(a, b, 1000, 80) })
 	check("an answer after the worker's death", datagram(a, b, 6, 5), true)
 	check("a closed port after it", datagram(a, b, 1000, 81), false)

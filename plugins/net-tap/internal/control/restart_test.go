@@ -97,9 +97,7 @@ func TestWorkerDies(t *testing.T) {
 	a, b := r.up(nicA), r.up(r.nic("lan"))
 	gap, sent, lost := stream(t, a, b, func() {
 		time.Sleep(50 * time.Millisecond) // so that there is traffic before
-		if err := syscall.Kill(int(n.WorkerPID), syscall.SIGKILL); err != nil {
-			t.Error(err)
-		}
+		r.signalWorker(syscall.SIGKILL)
 		eventually(t, "another worker runs", func() bool {
 			now, _ := r.GetNetwork(ctx, net.Ref{Ref: "lan"})
 			return now.WorkerPID != 0 && now.WorkerPID != n.WorkerPID
@@ -123,9 +121,7 @@ func TestWorkerHangs(t *testing.T) {
 	r := newRig(t)
 	n := r.network()
 	a, b := r.up(r.nic("lan")), r.up(r.nic("lan"))
-	if err := syscall.Kill(int(n.WorkerPID), syscall.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
+	r.signalWorker(syscall.SIGSTOP)
 	_, _ = r.ListNICs(ctx, net.ListNICsRequest{}) // notices
 	eventually(t, "another worker runs", func() bool {
 		now, _ := r.GetNetwork(ctx, net.Ref{Ref: "lan"})
