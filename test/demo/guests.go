@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
@@ -63,8 +64,13 @@ func (s *story) show(name string) (apiVM, error) {
 }
 
 func (s *story) startVMs() error {
+	// The user data is a script; the host name comes with the same cloud-init disk.
+	userData := filepath.Join(s.place.Dir, "hello.sh")
+	if err := os.WriteFile(userData, []byte("#!/bin/sh\necho \"mvirt-guest: hello from the user data of $(hostname)\"\n"), 0o644); err != nil {
+		return err
+	}
 	for _, name := range []string{"alice", "bob"} {
-		if _, err := s.cli("vm", "create", name, "--template", "busybox", "--disk", "128M", "--cpus", "1", "--memory", "128M", "--network", "lan",
+		if _, err := s.cli("vm", "create", name, "--template", "busybox", "--disk", "128M", "--cpus", "1", "--memory", "128M", "--network", "lan", "--user-data", userData,
 			"--kernel", s.guest.Kernel, "--initramfs", s.guest.Initramfs, "--cmdline", "console=ttyS0 quiet root=LABEL=mvirt-root"); err != nil {
 			return err
 		}
@@ -102,6 +108,9 @@ func (s *story) checkGuests() error {
 		if !strings.Contains(out, v.name+" login:") {
 			// The host name comes from the cloud-init disk that mvirt makes for each VM.
 			return fmt.Errorf("the guest of %s does not call itself so:\n%s", v.name, out)
+		}
+		if _, err := s.sys.Console(s.ctx, v.name, "", "hello from the user data of "+v.name, bootTime, "--read-only", "--replay", "all"); err != nil {
+			return err
 		}
 		// The lease comes in the background of the boot, before or after the prompt.
 		if _, err := s.sys.Console(s.ctx, v.name, "", "mvirt-guest: address eth0 "+v.addr+"/", bootTime, "--read-only", "--replay", "all"); err != nil {

@@ -236,7 +236,7 @@ func (s *System) WaitUp(ctx context.Context, most time.Duration) error {
 		if err == nil {
 			last = nil
 			for _, p := range r.GetPlugins() {
-				if p.GetState() != "up" {
+				if p.GetState() != "up" && p.GetState() != "degraded" { // degraded serves, and says why
 					last = fmt.Errorf("plugin %s is %s: %s", p.GetKind(), p.GetState(), p.GetReason())
 				}
 			}
@@ -309,7 +309,16 @@ func (s *System) Console(ctx context.Context, vm, text, until string, timeout ti
 	args := append([]string{"-q", "vm", "console", vm, "--until", until, "--timeout", timeout.String()}, flags...)
 	cmd := s.Command(ctx, args...)
 	var out, errOut bytes.Buffer
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(text), &out, &errOut
+	in, typist, err := os.Pipe() // stays open, as a keyboard does
+	if err != nil {
+		return "", err
+	}
+	defer in.Close()
+	defer typist.Close()
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = in, &out, &errOut
+	if _, err := io.WriteString(typist, text); err != nil {
+		return "", err
+	}
 	if err := cmd.Run(); err != nil {
 		return out.String(), fmt.Errorf("console of %s: %w\n%s\n--- printed:\n%s", vm, err, bytes.TrimSpace(errOut.Bytes()), out.String())
 	}

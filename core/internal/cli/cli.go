@@ -158,6 +158,19 @@ func strict(cmd *cobra.Command) {
 			return usage{e}
 		}
 	}
+	if cmd.RunE != nil {
+		// What cobra checks later by itself, but with an error that does not tell that it is about usage.
+		cmd.PreRunE = func(cmd *cobra.Command, _ []string) error {
+			err := cmd.ValidateRequiredFlags()
+			if err == nil {
+				err = cmd.ValidateFlagGroups()
+			}
+			if err != nil {
+				return usage{errs.Wrap(errs.Invalid, err, "%s", cmd.CommandPath())}
+			}
+			return nil
+		}
+	}
 	if cmd.Args != nil {
 		check := cmd.Args
 		cmd.Args = func(cmd *cobra.Command, args []string) error {

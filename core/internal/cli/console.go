@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"os"
 	"time"
 
@@ -29,6 +28,9 @@ type consoleOptions struct {
 	until    string
 	timeout  time.Duration
 }
+
+// replayAll is the most that can be asked for, and as much as is ever kept.
+const replayAll = 8 << 20
 
 // replayDefault is enough for what fills a screen and its boot messages.
 const replayDefault = "16K"
@@ -176,8 +178,8 @@ func feed(in io.Reader, stream apiv1.VMs_ConsoleClient, escape tty.Escape, inter
 
 func replayBytes(o consoleOptions) (uint32, error) {
 	if o.replay == "all" || o.history && o.replay == replayDefault {
-		return math.MaxUint32, nil
+		return replayAll, nil
 	}
 	n, err := units.ParseSize("replay", o.replay)
-	return uint32(min(n, math.MaxUint32)), err
+	return uint32(min(n, replayAll)), err
 }

@@ -29,6 +29,7 @@ const maxMessage = 256 << 20
 type Client struct {
 	conn   *grpc.ClientConn
 	socket string
+	first  *spare
 
 	System         apiv1.SystemClient
 	Plugins        apiv1.PluginsClient
@@ -46,17 +47,13 @@ type Client struct {
 // Dial connects to the socket at once, so that "nobody listens" is told apart from a failing call. Errors
 // of calls made with the client are *errs.Error.
 func Dial(ctx context.Context, socket string) (*Client, error) {
-	first, err := dial(ctx, socket)
+	c, err := dial(ctx, socket)
 	if err != nil {
 		return nil, err
 	}
-	var mu sync.Mutex // guards first
+	first := &spare{conn: c}
 	dialer := func(ctx context.Context, _ string) (net.Conn, error) {
-		mu.Lock()
-		c := first
-		first = nil
-		mu.Unlock()
-		if c != nil {
+		if c := first.take(); c != nil {
 			return c, nil
 		}
 		return dial(ctx, socket)
@@ -69,11 +66,11 @@ func Dial(ctx context.Context, socket string) (*Client, error) {
 		grpc.WithNoProxy(), grpc.WithDisableServiceConfig(),
 	)
 	if err != nil {
-		_ = first.Close()
+		_ = c.Close()
 		return nil, err
 	}
 	return &Client{
-		conn: conn, socket: socket,
+		conn: conn, socket: socket, first: first,
 		System: apiv1.NewSystemClient(conn), Plugins: apiv1.NewPluginsClient(conn), Operations: apiv1.NewOperationsClient(conn),
 		Templates: apiv1.NewTemplatesClient(conn), Volumes: apiv1.NewVolumesClient(conn), Snapshots: apiv1.NewSnapshotsClient(conn),
 		Networks: apiv1.NewNetworksClient(conn), NICs: apiv1.NewNICsClient(conn), SecurityGroups: apiv1.NewSecurityGroupsClient(conn),
@@ -82,7 +79,26 @@ func Dial(ctx context.Context, socket string) (*Client, error) {
 }
 
 // Close ends the connection.
-func (c *Client) Close() error { return c.conn.Close() }
+func (c *Client) Close() error {
+	if unused := c.first.take(); unused != nil {
+		_ = unused.Close()
+	}
+	return c.conn.Close()
+}
+
+// spare holds the connection that Dial made until gRPC asks for one.
+type spare struct {
+	mu   sync.Mutex
+	conn net.Conn
+}
+
+func (s *spare) take() net.Conn {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c := s.conn
+	s.conn = nil
+	return c
+}
 
 // FDSocket is where opened files are handed over: beside the API socket.
 func (c *Client) FDSocket() string { return filepath.Join(filepath.Dir(c.socket), "fd.sock") }
