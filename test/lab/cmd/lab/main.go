@@ -54,16 +54,30 @@ func main() {
 		}})
 	runCmd.Flags().StringVar(&o.Out, "out", "", "directory for what the run left in /lab/out")
 	testCmd := common(&cobra.Command{Use: "test [SCRIPT…]", Short: "Run the lab tests (test/lab/tests/*.sh), or those named", RunE: func(c *cobra.Command, args []string) error {
-		dir, err := os.MkdirTemp("", "mvirt-labtest-")
-		if err != nil {
-			return err
+		failed := 0
+		for _, systemd := range []bool{false, true} {
+			dir, err := os.MkdirTemp("", "mvirt-labtest-")
+			if err != nil {
+				return err
+			}
+			defer os.RemoveAll(dir)
+			n, err := stage(c.Context(), *source, dir, args, systemd)
+			if err != nil {
+				return err
+			}
+			if n == 0 {
+				continue
+			}
+			o.In, o.Systemd = dir, systemd
+			if err := run(c.Context()); err != nil {
+				return err
+			}
+			if code != 0 {
+				failed = code
+			}
 		}
-		defer os.RemoveAll(dir)
-		if err := stage(c.Context(), *source, dir, args); err != nil {
-			return err
-		}
-		o.In = dir
-		return run(c.Context())
+		code = failed
+		return nil
 	}})
 	testCmd.Flags().StringVar(&o.Out, "out", "", "directory for what the tests left in /lab/out")
 	shellCmd := common(&cobra.Command{Use: "shell [DIR]", Short: "A shell inside; DIR is in /lab/in", Args: cobra.MaximumNArgs(1),
@@ -103,17 +117,21 @@ func defaultSource() string {
 	return "."
 }
 
-// stage fills dir with what the lab tests need: the programs of bin/, compiled test binaries of the packages
-// listed in tests/packages, the scripts, and what MVIRT_LAB_EXTRA names.
-func stage(ctx context.Context, source, dir string, only []string) error {
+// wantsSystemd is the line by which a script asks to be run under systemd.
+const wantsSystemd = "\n# lab: systemd\n"
+
+// stage fills dir with what the lab tests need: the scripts that want systemd, or those that do not, the
+// programs of bin/, packages of dist/, the guest that tests boot, compiled test binaries of the packages listed
+// in tests/packages, and what MVIRT_LAB_EXTRA names. It returns how many scripts there are.
+func stage(ctx context.Context, source, dir string, only []string, systemd bool) (int, error) {
 	repo := filepath.Join(source, "..", "..")
 	scripts, err := filepath.Glob(filepath.Join(source, "tests", "*.sh"))
 	if err != nil {
-		return err
+		return 0, err
 	}
-	for _, sub := range []string{"bin", "tests", "gotest", "extra"} {
+	for _, sub := range []string{"bin", "tests", "gotest", "extra", "dist"} {
 		if err := os.MkdirAll(filepath.Join(dir, sub), 0o755); err != nil {
-			return err
+			return 0, err
 		}
 	}
 	link := func(from, to string) error {
@@ -129,48 +147,69 @@ func stage(ctx context.Context, source, dir string, only []string) error {
 		if len(only) > 0 && !contains(only, name) {
 			continue
 		}
+		text, err := os.ReadFile(s)
+		if err != nil {
+			return 0, err
+		}
+		if strings.Contains("\n"+string(text), wantsSystemd) != systemd {
+			continue
+		}
 		chosen++
 		if err := link(s, filepath.Join("tests", name+".sh")); err != nil {
-			return err
+			return 0, err
 		}
 	}
 	if chosen == 0 {
-		return fmt.Errorf("no lab test is named %s; test/lab/tests holds them", strings.Join(only, ", "))
+		return 0, nil
 	}
 	bins, err := filepath.Glob(filepath.Join(repo, "bin", "*"))
 	if err != nil {
-		return err
+		return 0, err
 	}
 	if len(bins) == 0 {
-		return errors.New("bin/ is empty; run `make build` first")
+		return 0, errors.New("bin/ is empty; run `make build` first")
 	}
 	for _, b := range bins {
 		if err := link(b, filepath.Join("bin", filepath.Base(b))); err != nil {
-			return err
+			return 0, err
 		}
 	}
 	list, err := os.ReadFile(filepath.Join(source, "tests", "packages"))
 	if err != nil {
-		return err
+		return 0, err
 	}
 	for _, pkg := range strings.Fields(string(list)) {
 		out := filepath.Join(dir, "gotest", strings.ReplaceAll(strings.TrimPrefix(pkg, "./"), "/", "_")+".test")
 		abs, err := filepath.Abs(out)
 		if err != nil {
-			return err
+			return 0, err
 		}
 		cmd := exec.CommandContext(ctx, "go", "test", "-c", "-o", abs, pkg)
 		cmd.Dir, cmd.Stderr = repo, os.Stderr
 		if err := cmd.Run(); err != nil {
-			return fmt.Errorf("compiling the tests of %s: %w", pkg, err)
+			return 0, fmt.Errorf("compiling the tests of %s: %w", pkg, err)
 		}
 	}
 	for _, extra := range strings.FieldsFunc(os.Getenv("MVIRT_LAB_EXTRA"), func(r rune) bool { return r == ':' || r == ' ' }) {
 		if err := link(extra, filepath.Join("extra", filepath.Base(extra))); err != nil {
-			return err
+			return 0, err
 		}
 	}
-	return link(filepath.Join(source, "tests", "run"), "run")
+	debs, err := filepath.Glob(filepath.Join(repo, "dist", "*.deb"))
+	if err != nil {
+		return 0, err
+	}
+	for _, d := range debs {
+		if err := link(d, filepath.Join("dist", filepath.Base(d))); err != nil {
+			return 0, err
+		}
+	}
+	mk := exec.CommandContext(ctx, "go", "run", "./test/guest/cmd/mkguest", "--out", filepath.Join(dir, "guest"))
+	mk.Dir, mk.Stderr = repo, os.Stderr
+	if err := mk.Run(); err != nil {
+		return 0, fmt.Errorf("building the guest that tests boot: %w", err)
+	}
+	return chosen, link(filepath.Join(source, "tests", "run"), "run")
 }
 
 func contains(list []string, s string) bool {
