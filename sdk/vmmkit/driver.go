@@ -17,7 +17,7 @@ type Driver interface {
 	// Check says what of a definition the hypervisor cannot do, as Invalid with the field.
 	Check(spec vmm.Spec) error
 	// Prepare says what to run. It may make files in m.Dir; it starts nothing. The command line must hold
-	// m.Marker as an argument of its own.
+	// m.Marker as an argument of its own (argument 0 will do).
 	Prepare(ctx context.Context, m Machine) (Launch, error)
 	// Connect takes hold of a process, newly started (m.Fresh) or found again, and returns when the guest
 	// runs, or is paused as m.Paused asks. It is told of the process's end by ctx. Each event is handed to
@@ -25,6 +25,13 @@ type Driver interface {
 	Connect(ctx context.Context, m Machine, fn func(Event)) (Instance, error)
 	// Conditions is trouble that lasts, from memory.
 	Conditions() []service.Condition
+}
+
+// Coroner is a Driver that can tell, from what a hypervisor left in its directory, why one ended while nobody
+// watched.
+type Coroner interface {
+	// Autopsy gives the reason, and whether it is a failure; "" if it is not known.
+	Autopsy(m Machine) (reason string, fault bool)
 }
 
 // Machine is a VM as a driver needs it.

@@ -158,10 +158,7 @@ func (v *machine) nothingRuns(rec store.Runtime, damaged bool) {
 	case err == nil && rec.Process.BootID != boot:
 		st.State, st.Reason = vmm.StateStopped, "the host went down"
 	default:
-		st.Reason = "the hypervisor ended while the plugin was away"
-		if t := v.m.logTail(v.id); t != "" {
-			st.Reason += ": " + t
-		}
+		v.autopsy(rec, &st)
 	}
 	if err := v.m.db.Apply(v.id, store.Change{DeleteRuntime: true, Status: &st}); err != nil {
 		v.m.o.Log.Error("that nothing runs cannot be stored", "vm", v.id, "error", err)
@@ -172,6 +169,29 @@ func (v *machine) nothingRuns(rec store.Runtime, damaged bool) {
 	v.viewLocked()
 	v.mu.Unlock()
 	v.m.audit(v.id, "VM "+st.State.String()+": "+st.Reason, map[string]string{"state": st.State.String()})
+}
+
+// autopsy finds out why a hypervisor ended while nobody watched.
+func (v *machine) autopsy(rec store.Runtime, st *store.Status) {
+	if c, ok := v.m.o.Driver.(Coroner); ok {
+		mach := Machine{ID: v.id, Dir: v.m.vmDir(v.id), Spec: rec.Spec, Marker: rec.Marker, RunAs: v.m.o.RunAs(v.id), State: rec.Driver}
+		if reason, fault := c.Autopsy(mach); reason != "" {
+			st.Reason = reason
+			if !fault {
+				st.State, st.Desired = vmm.StateStopped, vmm.StateStopped
+				v.mu.Lock()
+				v.desired = vmm.StateStopped
+				v.mu.Unlock()
+				return
+			}
+		}
+	}
+	if st.Reason == "" {
+		st.Reason = "the hypervisor ended while the plugin was away"
+	}
+	if t := v.m.logTail(v.id); t != "" {
+		st.Reason += ": " + t
+	}
 }
 
 // lostLocked tells that a run is no longer held, and begins to take hold of it again.

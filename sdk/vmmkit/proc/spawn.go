@@ -13,6 +13,7 @@ import (
 // Command is a process to start.
 type Command struct {
 	Path   string   // absolute
+	Name   string   // argument 0; "": Path
 	Args   []string // without the program's name
 	Dir    string
 	Env    []string   // all of it; nothing of ours is inherited
@@ -55,7 +56,11 @@ func (Local) Spawn(_ context.Context, c Command) (*Process, error) {
 		attr.Sys.UseCgroupFD = true
 		attr.Sys.CgroupFD = int(c.Cgroup.Fd())
 	}
-	child, err := os.StartProcess(c.Path, append([]string{c.Path}, c.Args...), attr)
+	name := c.Name
+	if name == "" {
+		name = c.Path
+	}
+	child, err := os.StartProcess(c.Path, append([]string{name}, c.Args...), attr)
 	if err != nil {
 		return nil, err
 	}

@@ -3,6 +3,7 @@ package qemu
 import (
 	"errors"
 	"io"
+	"strings"
 	"testing"
 	"time"
 
@@ -22,6 +23,17 @@ func TestBootPauseStop(t *testing.T) {
 	c.until("mvirt-guest: init")
 	t.Logf("init after %v", time.Since(begin))
 	c.login()
+	// Much is typed at once, faster than the guest takes it, and then the writer is gone.
+	w := r.console(vm.ID, vmm.ConsoleRequest{Steal: true})
+	w.send("cat >/run/typed\n" + strings.Repeat(strings.Repeat("x", 63)+"\n", 64) + "\x04")
+	w.stop()
+	<-w.end
+	c = r.console(vm.ID, vmm.ConsoleRequest{Replay: 1 << 20})
+	c.until(strings.Repeat("x", 63))
+	c.until("/root # ")
+	c.send("wc -c /run/typed\n")
+	c.until("4096 /run/typed")
+
 	vm, err := r.m.Pause(t.Context(), vmm.Ref{Ref: "vm1"})
 	if err != nil || vm.State != vmm.StatePaused {
 		t.Errorf("pause: %+v, %v", vm, err)

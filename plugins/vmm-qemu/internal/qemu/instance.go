@@ -11,6 +11,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/mvirt/mvirt/plugins/vmm-qemu/internal/qmp"
 	"github.com/mvirt/mvirt/sdk/errs"
 	"github.com/mvirt/mvirt/sdk/vmm"
@@ -20,6 +22,9 @@ import (
 
 // typeTimeout is how long a guest may take to read what is typed.
 const typeTimeout = 5 * time.Second
+
+// drainTimeout is how long what was typed may wait for the guest after the session's end.
+const drainTimeout = 30 * time.Second
 
 // instance is a QEMU that we hold.
 type instance struct {
@@ -267,7 +272,29 @@ func (p port) Write(b []byte) (int, error) {
 	return p.c.Write(b)
 }
 
-func (p port) Close() error { return p.c.Close() }
+// Close lets go once QEMU has taken what was typed: it takes only as much as the guest's UART has room for, and
+// forgets the rest when its peer is gone. That goes on behind, so that nobody waits for a guest.
+func (p port) Close() error {
+	go func() {
+		defer p.c.Close()
+		for end := time.Now().Add(drainTimeout); time.Now().Before(end); time.Sleep(10 * time.Millisecond) { // nothing announces it
+			if n, err := unread(p.c); err != nil || n == 0 {
+				return
+			}
+		}
+	}()
+	return nil
+}
+
+// unread is how many bytes the other end has not read yet (SIOCOUTQ, unix(7)).
+func unread(c *net.UnixConn) (n int, err error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	cerr := raw.Control(func(fd uintptr) { n, err = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ) })
+	return n, errors.Join(cerr, err)
+}
 
 // Counters reads what the disks have done.
 func (i *instance) Counters(ctx context.Context) ([]vmm.DeviceCounters, error) {
