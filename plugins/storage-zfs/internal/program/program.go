@@ -1,0 +1,51 @@
+// Package program says what mvirt-zfs is: its flags, its service and its worker.
+package program
+
+import (
+	"context"
+
+	"github.com/spf13/pflag"
+
+	"github.com/mvirt/mvirt/plugins/storage-zfs/internal/pool"
+	"github.com/mvirt/mvirt/sdk/plugin"
+	"github.com/mvirt/mvirt/sdk/service"
+	"github.com/mvirt/mvirt/sdk/storagekit"
+	"github.com/mvirt/mvirt/sdk/storagekit/worker"
+	"github.com/mvirt/mvirt/sdk/version"
+)
+
+// New describes the program.
+func New() plugin.Program {
+	var o pool.Options
+	var kit storagekit.Flags
+	return plugin.Program{
+		Kind:    service.KindStorage,
+		Name:    "storage-zfs",
+		Version: version.Version,
+		Short:   "Volumes as zvols of a ZFS pool",
+		Needs: service.Needs{
+			Root: true,
+			// SYS_ADMIN for the ZFS module, CHOWN, DAC_OVERRIDE and FOWNER for device nodes, the rest for workers.
+			Capabilities: []string{"CAP_SYS_ADMIN", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_SETUID", "CAP_SETGID", "CAP_KILL"},
+			Devices:      []string{"/dev/zfs"},
+			Programs:     []string{"zfs", "zpool"},
+		},
+		Flags: func(fs *pflag.FlagSet) {
+			fs.StringVar(&o.Pool, "pool", "", "pool that volumes, templates and metadata.db are kept in (required)")
+			fs.Uint32Var(&o.BlockSize, "block-size", 16384, "volblocksize of new volumes, in bytes")
+			kit.Register(fs)
+		},
+		Open: func(ctx context.Context, env plugin.Env) (service.Base, error) {
+			b, err := pool.New(o)
+			if err != nil {
+				return nil, err
+			}
+			opts, err := kit.Options(env.Log)
+			if err != nil {
+				return nil, err
+			}
+			return storagekit.Open(ctx, b, opts)
+		},
+		Workers: map[string]func([]string) int{worker.Name: worker.Main},
+	}
+}
