@@ -21,6 +21,7 @@ import (
 	"github.com/mvirt/mvirt/sdk/fdpass"
 	"github.com/mvirt/mvirt/sdk/internal/launch"
 	"github.com/mvirt/mvirt/sdk/internal/pb/hostpb"
+	"github.com/mvirt/mvirt/sdk/internal/pb/pluginpb"
 	"github.com/mvirt/mvirt/sdk/internal/peercred"
 	"github.com/mvirt/mvirt/sdk/internal/wire"
 	"github.com/mvirt/mvirt/sdk/service"
@@ -290,6 +291,16 @@ func dialOptions(check func(peercred.Cred) error) []grpc.DialOption {
 // Info is what the plugin said of itself.
 func (p *Plugin) Info() service.Info { return p.info }
 
+// Ungated are clients that call also what the plugin has not declared, for conformance tests.
+func (p *Plugin) Ungated() wire.Clients {
+	info := p.info
+	info.Features = nil
+	for f := range pluginpb.Feature_name {
+		info.Features = append(info.Features, service.Feature(f))
+	}
+	return wire.NewClients(p.conn, info, nil)
+}
+
 // PID is the process's id; of an attached plugin, what it says.
 func (p *Plugin) PID() int {
 	if p.proc == nil {
@@ -348,6 +359,13 @@ func (p *Plugin) Stop(ctx context.Context) error {
 	}
 	p.Kill()
 	return err
+}
+
+// Abandon closes the lifeline, as this process's death would: the plugin must end by itself.
+func (p *Plugin) Abandon() {
+	if p.proc != nil {
+		p.proc.Lifeline.Close()
+	}
 }
 
 // Kill ends the process at once and returns when it has ended, within five seconds.

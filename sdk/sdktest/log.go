@@ -3,7 +3,12 @@ package sdktest
 import (
 	"context"
 	"encoding/base64"
+	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -14,26 +19,56 @@ import (
 	"github.com/mvirt/mvirt/sdk/service"
 )
 
-// Log is a log.Service that keeps its entries in memory and in one file, rewritten at each append.
+// Log is a log.Service that keeps its entries in memory and in a file of JSON lines.
 type Log struct {
-	dir string
+	file *os.File
 
 	mu      sync.Mutex
-	st      logState
+	entries []log.Entry // in the order of (Time, ID)
+	arrived []log.Entry // in the order of arrival, for followers
+	ids     map[string]bool
 	changed chan struct{} // closed and replaced at each append
 }
 
-type logState struct {
-	Entries []log.Entry // in the order of (Time, ID)
-	Arrived []string    // ids in the order of arrival, for followers
+// stored is an entry in the file. Object ids are any bytes, which JSON strings are not.
+type stored struct {
+	Entry   log.Entry
+	Objects [][]byte
 }
 
 var _ log.Service = (*Log)(nil)
 
 // NewLog opens the fake in dir.
 func NewLog(dir string) (*Log, error) {
-	l := &Log{dir: dir, changed: make(chan struct{})}
-	return l, load(dir, &l.st)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "entries.jsonl"), os.O_RDWR|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	l := &Log{file: f, ids: map[string]bool{}, changed: make(chan struct{})}
+	for dec := json.NewDecoder(f); ; {
+		var batch []stored
+		if err := dec.Decode(&batch); errors.Is(err, io.EOF) {
+			return l, nil
+		} else if err != nil {
+			return nil, errs.Wrap(errs.Corrupt, err, "entries.jsonl")
+		}
+		for _, s := range batch {
+			for _, o := range s.Objects {
+				s.Entry.Objects = append(s.Entry.Objects, string(o))
+			}
+			l.addLocked(s.Entry)
+		}
+	}
+}
+
+func (l *Log) addLocked(e log.Entry) {
+	l.ids[e.ID] = true
+	at, _ := slices.BinarySearchFunc(l.entries, e, compare)
+	l.entries = slices.Insert(l.entries, at, e)
+	l.arrived = append(l.arrived, e)
 }
 
 // Health implements service.Base.
@@ -82,19 +117,37 @@ func (l *Log) Append(_ context.Context, entries []log.Entry) error {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	var batch []stored
+	fresh := map[string]bool{}
 	for _, e := range entries {
-		if slices.Contains(l.st.Arrived, e.ID) {
+		if l.ids[e.ID] || fresh[e.ID] {
 			continue
 		}
+		fresh[e.ID] = true
 		e.Time = e.Time.UTC()
-		e.Objects, e.Labels = slices.Clone(e.Objects), clone(e.Labels)
-		at, _ := slices.BinarySearchFunc(l.st.Entries, e, compare)
-		l.st.Entries = slices.Insert(l.st.Entries, at, e)
-		l.st.Arrived = append(l.st.Arrived, e.ID)
+		s := stored{Entry: e}
+		s.Entry.Objects, s.Entry.Labels = nil, clone(e.Labels)
+		for _, o := range e.Objects {
+			s.Objects = append(s.Objects, []byte(o))
+		}
+		batch = append(batch, s)
+	}
+	b, err := json.Marshal(batch)
+	if err != nil {
+		return errs.Wrap(errs.Internal, err, "entries.jsonl")
+	}
+	if _, err := l.file.Write(append(b, '\n')); err != nil { // one write: all or none, as long as the machine lives
+		return err
+	}
+	for _, s := range batch {
+		for _, o := range s.Objects {
+			s.Entry.Objects = append(s.Entry.Objects, string(o))
+		}
+		l.addLocked(s.Entry)
 	}
 	close(l.changed)
 	l.changed = make(chan struct{})
-	return save(l.dir, &l.st)
+	return nil
 }
 
 func matches(q log.Query, e log.Entry) bool {
@@ -151,8 +204,8 @@ func (l *Log) Query(ctx context.Context, q log.Query, fn func(log.Result) error)
 		from = &e
 	}
 	l.mu.Lock()
-	history := slices.Clone(l.st.Entries)
-	seen := len(l.st.Arrived)
+	history := slices.Clone(l.entries)
+	seen := len(l.arrived)
 	l.mu.Unlock()
 	if q.NewestFirst {
 		slices.Reverse(history)
@@ -181,17 +234,8 @@ func (l *Log) Query(ctx context.Context, q log.Query, fn func(log.Result) error)
 	}
 	for {
 		l.mu.Lock()
-		fresh := map[string]bool{}
-		for _, id := range l.st.Arrived[seen:] {
-			fresh[id] = true
-		}
-		seen = len(l.st.Arrived)
-		var list []log.Entry
-		for _, e := range l.st.Entries {
-			if fresh[e.ID] {
-				list = append(list, e)
-			}
-		}
+		list := slices.Clone(l.arrived[seen:])
+		seen = len(l.arrived)
 		changed := l.changed
 		l.mu.Unlock()
 		for _, e := range list {
@@ -211,9 +255,9 @@ func (l *Log) Query(ctx context.Context, q log.Query, fn func(log.Result) error)
 func (l *Log) Stats(context.Context) (log.Stats, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	st := log.Stats{Entries: uint64(len(l.st.Entries)), ByLevel: map[string]uint64{}}
+	st := log.Stats{Entries: uint64(len(l.entries)), ByLevel: map[string]uint64{}}
 	objects := map[string]bool{}
-	for i, e := range l.st.Entries {
+	for i, e := range l.entries {
 		if i == 0 {
 			st.Oldest = e.Time
 		}

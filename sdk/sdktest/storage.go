@@ -98,8 +98,8 @@ func (s *Storage) CreateVolume(_ context.Context, req storage.CreateVolumeReques
 	if old != nil {
 		return s.volumeLocked(old.V), nil
 	}
-	if req.SizeBytes%512 != 0 {
-		return storage.Volume{}, errs.Field("size_bytes", "give a multiple of 512", "size_bytes %d is no multiple of 512", req.SizeBytes)
+	if req.SizeBytes%512 != 0 || req.SizeBytes > maxVolume {
+		return storage.Volume{}, errs.Field("size_bytes", "give a multiple of 512, at most 1 PiB", "size_bytes %d cannot be used", req.SizeBytes)
 	}
 	v := storage.Volume{ID: req.ID, Name: req.Name, SizeBytes: req.SizeBytes, BlockSize: 4096, CreatedAt: time.Now().UTC(), State: storage.StateReady, Labels: req.Labels}
 	if req.BlockSize != 0 {
@@ -334,6 +334,9 @@ func (s *Storage) Backup(_ context.Context, w io.Writer) error {
 	if err != nil && !os.IsNotExist(err) {
 		return err
 	}
+	if len(b) == 0 {
+		b = []byte("{}")
+	}
 	_, err = w.Write(b)
 	return err
 }
@@ -354,5 +357,7 @@ func (s *Storage) Restore(_ context.Context, r io.Reader) error {
 	}
 	return load(s.dir, &s.st)
 }
+
+const maxVolume = 1 << 50
 
 var httpClient = &http.Client{Timeout: time.Minute}
