@@ -13,7 +13,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/vfs"
 
 	"github.com/mvirt/mvirt/sdk/errs"
@@ -128,7 +127,7 @@ func (s *Store) checkpoint(dir string) error {
 	}
 	err := fs.MkdirAll(dir, 0o700)
 	if err == nil {
-		err = guard(func() error { return s.db.Checkpoint(fs.PathJoin(dir, dbDir), pebble.WithFlushedWAL()) })
+		err = guard(func() error { return s.db.Checkpoint(fs.PathJoin(dir, dbDir)) })
 	}
 	if err == nil {
 		err = copyRaw()

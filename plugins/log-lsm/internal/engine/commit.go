@@ -111,6 +111,8 @@ func (s *Store) commitLoop() {
 			g := s.collect(r)
 			s.write(g)
 			s.synced <- g
+		case <-s.trims:
+			s.trim()
 		case <-s.done:
 			for {
 				select {

@@ -266,7 +266,7 @@ func TestCorruptTables(t *testing.T) {
 			t.Fatal(err)
 		}
 		mustClose(t, s)
-		dir := fs.PathJoin("log", storeDir, dbDir)
+		dir := fs.PathJoin("/log", storeDir, dbDir)
 		names, err := fs.List(dir)
 		if err != nil {
 			t.Fatal(err)

@@ -195,11 +195,46 @@ func (s *Store) tidy() {
 		return
 	}
 	s.mu.Lock()
-	defer s.mu.Unlock()
+	waiting := 0
 	for l := byte(1); l < levels; l++ {
 		if h := s.active[l]; h.Len() >= idlePackMin && h.Shown() == h.Len() {
 			s.freeze(l, 0)
 		}
+		waiting += len(s.frozen[l])
+	}
+	s.mu.Unlock()
+	if waiting > 0 {
+		return // the sealer first
+	}
+	s.sealMu.Lock()
+	defer s.sealMu.Unlock()
+	if s.unflushed > 0 {
+		if err := s.flush(); err != nil {
+			s.log.Warn("flush failed; it is tried again", "error", err)
+			return
+		}
+	}
+	select {
+	case s.trims <- struct{}{}:
+	default:
+	}
+}
+
+// trim gives back the space of the raw log when nothing is in it. The committer does it, as the one who
+// writes there.
+func (s *Store) trim() {
+	if !s.sealMu.TryLock() {
+		return // another time
+	}
+	defer s.sealMu.Unlock()
+	s.mu.RLock()
+	empty := s.unflushed == 0
+	for l := byte(1); l < levels; l++ {
+		empty = empty && s.active[l].Len() == 0 && len(s.frozen[l]) == 0
+	}
+	s.mu.RUnlock()
+	if err := s.raw.Trim(empty); err != nil {
+		s.log.Warn("files of the raw log are not removed; the next start does it", "error", err)
 	}
 }
 

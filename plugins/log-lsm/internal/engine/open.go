@@ -52,6 +52,8 @@ func (s *Store) pebbleOptions() *pebble.Options {
 		FormatMajorVersion:          pebble.FormatNewest,
 		EventListener:               s.listener(),
 		ReadOnly:                    s.opt.ReadOnly,
+		// What is packed stands in the raw log until it has been flushed into a table.
+		DisableWAL: true,
 	}
 	for i := range o.Levels {
 		l := &o.Levels[i]
@@ -72,12 +74,18 @@ func (s *Store) pebbleOptions() *pebble.Options {
 func Open(opt Options) (*Store, error) {
 	opt.defaults()
 	s := &Store{opt: opt, log: opt.Log, seed: maphash.MakeSeed(), reqs: make(chan *request, 1024), synced: make(chan *group, 8),
-		done: make(chan struct{}), stopped: make(chan struct{}), fsDone: make(chan struct{}), sealing: make(chan struct{}, 1), follows: map[*follower]struct{}{}}
+		done: make(chan struct{}), stopped: make(chan struct{}), fsDone: make(chan struct{}), sealing: make(chan struct{}, 1), trims: make(chan struct{}, 1), follows: map[*follower]struct{}{}}
 	s.roomy = sync.NewCond(&s.mu)
 	s.conds.now = opt.Now
 	s.fs = steadyfs.New(opt.FS, 100*time.Millisecond, s.fsDone, s.diskFull)
-	if err := opt.FS.MkdirAll(opt.Dir, 0o700); err != nil {
-		return nil, errs.Wrap(errs.Unknown, err, "make the data directory")
+	if !opt.ReadOnly {
+		err := opt.FS.MkdirAll(opt.Dir, 0o700)
+		if err == nil {
+			err = syncDir(opt.FS, opt.FS.PathDir(opt.Dir))
+		}
+		if err != nil {
+			return nil, errs.Wrap(errs.Unknown, err, "make the data directory")
+		}
 	}
 	s.cache = pebble.NewCache(opt.CacheSize)
 	err := s.prepareDir()
@@ -273,7 +281,10 @@ func (s *Store) checkFormat() error {
 		if !empty {
 			return errs.New(errs.Corrupt, "%s holds a store that is not a log", s.opt.Dir).Do("give another --data-dir")
 		}
-		return s.db.Set(keys.BytesKey(keys.Misc, []byte(miscFormat)), binary.BigEndian.AppendUint32(nil, formatVersion), pebble.Sync)
+		if err := s.db.Set(keys.BytesKey(keys.Misc, []byte(miscFormat)), binary.BigEndian.AppendUint32(nil, formatVersion), pebble.NoSync); err != nil {
+			return err
+		}
+		return guard(s.db.Flush)
 	}
 	if len(v) != 4 {
 		return errs.New(errs.Corrupt, "the format version in %s is malformed", s.opt.Dir).Do("restore the log from a backup")

@@ -30,6 +30,7 @@ func (s *Store) sealLoop() {
 		return
 	}
 	defer p.close()
+	defer s.lastFlush()
 	for {
 		select {
 		case <-s.done:
@@ -60,6 +61,17 @@ func (s *Store) sealLoop() {
 				return
 			default:
 			}
+		}
+	}
+}
+
+// lastFlush makes durable what is packed, so that the next start need not pack it again.
+func (s *Store) lastFlush() {
+	s.sealMu.Lock()
+	defer s.sealMu.Unlock()
+	if s.unflushed > 0 {
+		if err := s.flush(); err != nil {
+			s.log.Warn("what was packed last is packed again at the next start", "error", err)
 		}
 	}
 }
@@ -158,20 +170,28 @@ func (p *packer) seal(h *head.Head) error {
 			return err
 		}
 	}
-	// Synced, because the entries in the log are let go afterwards.
-	if err := guard(func() error { return s.db.Apply(b, pebble.Sync) }); err != nil {
+	// Durable only with the next flush; until then the raw log keeps the entries.
+	if err := guard(func() error { return s.db.Apply(b, pebble.NoSync) }); err != nil {
 		return err
 	}
 	s.objects.Done()
 	s.shapes.Done()
 	s.stats.seals.Add(1)
 	s.install(h, seg)
-	s.releaseRaw()
+	s.unflushed += seg.bytes
+	if s.unflushed >= flushBytes || s.raw.Size() >= uint64(s.opt.RawBytes)*3/4 {
+		return s.flush()
+	}
 	return nil
 }
 
-// releaseRaw lets go of the log's files whose entries are all packed.
-func (s *Store) releaseRaw() {
+// flushBytes is how much is packed between two flushes: the size of new tables, and with it how often they
+// are compacted.
+const flushBytes = 8 << 20
+
+// flush makes durable what is packed, and lets go of the raw log's files whose entries all are. The caller
+// holds sealMu.
+func (s *Store) flush() error {
 	packed := make([]uint64, levels)
 	s.mu.RLock()
 	for l := 1; l < levels; l++ {
@@ -181,9 +201,14 @@ func (s *Store) releaseRaw() {
 		}
 	}
 	s.mu.RUnlock()
-	if err := s.raw.Release(packed); err != nil {
-		s.log.Warn("files of the log are not removed; the next start does it", "error", err)
+	if err := guard(s.db.Flush); err != nil {
+		return err
 	}
+	s.unflushed = 0
+	if err := s.raw.Release(packed); err != nil {
+		s.log.Warn("files of the raw log are not removed; the next start does it", "error", err)
+	}
+	return nil
 }
 
 // install puts a segment in the place of its head.

@@ -11,9 +11,10 @@
 // Each level has a head: its newest entries in memory, in the order of arrival. The entries of a level are
 // numbered in that order, for ever. Full heads go to the sealer, which sorts them by (time, id), packs them
 // into blocks of columns, and writes blocks, postings, filter, dictionary and the number up to which the
-// level is packed in one atomic and synced Pebble batch. Then the files of the log that hold nothing newer
-// are let go. At start the heads are read back from the log, from the packed number on: so an entry is at
-// any moment in exactly one of the two, and its postings are in the same batch as its block.
+// level is packed in one atomic Pebble batch. Pebble's own log is off: batches become durable when its
+// memtable is flushed into a table, whole batches in order, and only then the files of the raw log that hold
+// nothing newer are let go. At start the heads are read back from the raw log, from the packed number on: so
+// an entry is never lost and never twice, and its postings are in the same batch as its block.
 //
 // A segment holds one level, so that levels are kept for different times and a query for errors does not
 // read debug entries. docs/formats-log.md has the layout.
@@ -127,10 +128,12 @@ type Store struct {
 	sealErr error // of the last try to pack
 
 	// life is held for reading while Pebble is used by a query; Close takes it.
-	life   sync.RWMutex
-	sealMu sync.Mutex // serialises sealing, retention and checkpoints
-	closer sync.Once
-	stats  counters
+	life      sync.RWMutex
+	sealMu    sync.Mutex // serialises sealing, retention and checkpoints
+	unflushed uint64     // packed bytes that are not in a table yet; under sealMu
+	trims     chan struct{}
+	closer    sync.Once
+	stats     counters
 }
 
 type counters struct {
@@ -230,6 +233,7 @@ func (s *Store) close(ctx context.Context) error {
 	}
 	s.life.Lock()
 	defer s.life.Unlock()
+	// The raw log has everything that Pebble has not flushed.
 	err := errors.Join(s.raw.Close(), guard(func() error { return s.db.Close() }))
 	s.cache.Unref()
 	return errors.Join(err, s.lock.Close())

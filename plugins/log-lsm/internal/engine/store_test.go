@@ -299,7 +299,7 @@ func TestLocked(t *testing.T) {
 // tamper opens the store's Pebble behind its back.
 func tamper(t testing.TB, fs vfs.FS, fn func(db *pebble.DB)) {
 	t.Helper()
-	db, err := pebble.Open(fs.PathJoin("log", storeDir, dbDir), &pebble.Options{FS: fs, Logger: quiet{}, FormatMajorVersion: pebble.FormatNewest})
+	db, err := pebble.Open(fs.PathJoin("/log", storeDir, dbDir), &pebble.Options{FS: fs, Logger: quiet{}, FormatMajorVersion: pebble.FormatNewest})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -332,7 +332,7 @@ func TestBackupAndRestore(t *testing.T) {
 		t.Fatal(err)
 	}
 	fill(t, s, 0, 100, log.LevelInfo) // not in the backup
-	names, err := fs.List("log")
+	names, err := fs.List("/log")
 	if err != nil || len(names) != 2 {
 		t.Fatalf("left behind: %v, %v", names, err)
 	}
@@ -341,8 +341,8 @@ func TestBackupAndRestore(t *testing.T) {
 		spoilt := bytes.Clone(buf.Bytes())
 		spoilt[cut] ^= 0x40
 		fs2 := vfs.NewMem()
-		_ = fs2.MkdirAll("log", 0o700)
-		if err := Unpack(context.Background(), fs2, "log", bytes.NewReader(spoilt)); err == nil {
+		_ = fs2.MkdirAll("/log", 0o700)
+		if err := Unpack(context.Background(), fs2, "/log", bytes.NewReader(spoilt)); err == nil {
 			// Only padding and times of the tar may differ without harm; the files have checksums.
 			r, err := Open(testOptions(fs2))
 			if err != nil {
@@ -352,17 +352,17 @@ func TestBackupAndRestore(t *testing.T) {
 			mustClose(t, r)
 		}
 		fs3 := vfs.NewMem()
-		_ = fs3.MkdirAll("log", 0o700)
-		err := Unpack(context.Background(), fs3, "log", io.LimitReader(&lazy{buf.Bytes()}, int64(cut)))
-		names, _ := fs3.List("log")
+		_ = fs3.MkdirAll("/log", 0o700)
+		err := Unpack(context.Background(), fs3, "/log", io.LimitReader(&lazy{buf.Bytes()}, int64(cut)))
+		names, _ := fs3.List("/log")
 		if cut < buf.Len()-1024 && (err == nil || len(names) != 0) {
 			t.Fatalf("cut at %d: %v, left behind %v", cut, err, names)
 		}
 	}
 
 	fs4 := vfs.NewMem()
-	_ = fs4.MkdirAll("log", 0o700)
-	if err := Unpack(context.Background(), fs4, "log", bytes.NewReader(buf.Bytes())); err != nil {
+	_ = fs4.MkdirAll("/log", 0o700)
+	if err := Unpack(context.Background(), fs4, "/log", bytes.NewReader(buf.Bytes())); err != nil {
 		t.Fatal(err)
 	}
 	r := openTest(t, testOptions(fs4))

@@ -50,8 +50,9 @@ var crcTable = crc32.MakeTable(crc32.Castagnoli)
 
 // Log is an open log. Append and Release belong to one goroutine each; Sync may be called by another.
 type Log struct {
-	fs  vfs.FS
-	dir string
+	fs     vfs.FS
+	dir    string
+	levels int
 
 	mu     sync.Mutex // guards what follows; not held while syncing
 	files  []file     // oldest first; the last is being written
@@ -91,9 +92,17 @@ func (d Damage) String() string { return fmt.Sprintf("%s at %d: %s", d.File, d.A
 // Open reads the log in a directory, made if absent, and begins a new file unless readOnly. fn is called for
 // each part, in the order in which they were written; what it is given is its own.
 func Open(fs vfs.FS, dir string, levels int, readOnly bool, fn func(Part) error) (*Log, []Damage, error) {
-	l := &Log{fs: fs, dir: dir}
+	l := &Log{fs: fs, dir: dir, levels: levels}
 	if !readOnly {
-		if err := fs.MkdirAll(dir, 0o700); err != nil {
+		err := fs.MkdirAll(dir, 0o700)
+		var parent vfs.File
+		if err == nil {
+			parent, err = fs.OpenDir(fs.PathDir(dir))
+		}
+		if err == nil {
+			err = errors.Join(parent.Sync(), parent.Close())
+		}
+		if err != nil {
 			return nil, nil, err
 		}
 	}
@@ -187,7 +196,7 @@ func Open(fs vfs.FS, dir string, levels int, readOnly bool, fn func(Part) error)
 	if last != nil {
 		prev, prevEnd = last.num, last.end
 	}
-	if err := l.begin(prev, prevEnd, levels); err != nil {
+	if err := l.begin(prev, prevEnd); err != nil {
 		return nil, damages, err
 	}
 	return l, damages, nil
@@ -270,7 +279,7 @@ func eachPart(b []byte, fn func(Part) error) error {
 }
 
 // begin makes the next file current. The one before is durable already.
-func (l *Log) begin(prev uint64, prevEnd int64, levels int) error {
+func (l *Log) begin(prev uint64, prevEnd int64) error {
 	l.mu.Lock()
 	num := l.next
 	l.next++
@@ -315,7 +324,7 @@ func (l *Log) begin(prev uint64, prevEnd int64, levels int) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.cur, l.off, l.synced = f, fileHead, fileHead
-	l.files = append(l.files, file{num: num, size: fileHead, end: make([]uint64, levels)})
+	l.files = append(l.files, file{num: num, size: fileHead, end: make([]uint64, l.levels)})
 	return nil
 }
 
@@ -326,7 +335,7 @@ func (l *Log) Append(parts []Part) error {
 	full := l.off >= FileSize || l.cur == nil
 	l.mu.Unlock()
 	if full {
-		if err := l.rotate(len(l.files[len(l.files)-1].end)); err != nil {
+		if err := l.rotate(); err != nil {
 			return err
 		}
 	}
@@ -373,7 +382,7 @@ func (l *Log) Append(parts []Part) error {
 
 // rotate begins a new file. What stands in the old one is durable first, so that Sync need only know the
 // last.
-func (l *Log) rotate(levels int) error {
+func (l *Log) rotate() error {
 	l.syncing.Lock()
 	defer l.syncing.Unlock()
 	if l.cur != nil {
@@ -382,9 +391,12 @@ func (l *Log) rotate(levels int) error {
 		}
 	}
 	l.mu.Lock()
-	old, prev, end := l.cur, l.files[len(l.files)-1].num, l.off
+	old, prev, end := l.cur, uint64(0), int64(0)
+	if n := len(l.files); n > 0 {
+		prev, end = l.files[n-1].num, l.files[n-1].size
+	}
 	l.mu.Unlock()
-	if err := l.begin(prev, end, levels); err != nil {
+	if err := l.begin(prev, end); err != nil {
 		return err
 	}
 	if old != nil {
@@ -398,6 +410,10 @@ func (l *Log) Sync() error {
 	l.syncing.Lock()
 	defer l.syncing.Unlock()
 	l.mu.Lock()
+	if l.cur == nil {
+		l.mu.Unlock()
+		return nil
+	}
 	cur, off, num := l.cur, l.off, l.files[len(l.files)-1].num
 	l.mu.Unlock()
 	if err := cur.SyncData(); err != nil {
@@ -427,6 +443,34 @@ func (l *Log) Release(packed []uint64) error {
 	}
 	l.mu.Unlock()
 	return l.remove(gone)
+}
+
+// Trim gives back the space of spare files, and when the caller knows that all entries are packed and
+// durable elsewhere, of the whole log. It belongs to the goroutine that appends.
+func (l *Log) Trim(empty bool) error {
+	l.syncing.Lock()
+	defer l.syncing.Unlock()
+	l.mu.Lock()
+	gone := l.spare
+	l.spare = nil
+	cur := l.cur
+	if empty && cur != nil && l.off > fileHead {
+		for _, f := range l.files {
+			gone = append(gone, fileName(f.num))
+		}
+		l.files, l.cur = nil, nil
+	} else {
+		cur = nil
+	}
+	l.mu.Unlock()
+	var err error
+	if cur != nil {
+		err = cur.Close()
+	}
+	for _, n := range gone {
+		err = errors.Join(err, l.fs.Remove(l.fs.PathJoin(l.dir, n)))
+	}
+	return err
 }
 
 func (l *Log) remove(names []string) error {

@@ -9,7 +9,7 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs"
 )
 
-const dir = "raw"
+const dir = "/raw"
 
 func collect(t *testing.T, fs vfs.FS, readOnly bool) (*Log, []Part, []Damage) {
 	t.Helper()
@@ -41,7 +41,7 @@ func TestPowerCuts(t *testing.T) {
 				acked = written
 			}
 			if rng.IntN(8) == 0 {
-				if err := l.rotate(6); err != nil {
+				if err := l.rotate(); err != nil {
 					t.Fatal(err)
 				}
 				acked = written
