@@ -7,6 +7,7 @@ import (
 	"os/signal"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -37,6 +38,10 @@ const orphanTime = 3 * time.Second
 // asCore is mvirtd started by the launcher: the configuration comes in a descriptor, as root has read it.
 func asCore() error {
 	err := func() error {
+		// Executed by descriptor, an older kernel calls us by its number.
+		if name, err := unix.BytePtrFromString("mvirtd"); err == nil {
+			_ = unix.Prctl(unix.PR_SET_NAME, uintptr(unsafe.Pointer(name)), 0, 0, 0)
+		}
 		sock, err := launcher.CoreSocket()
 		if err != nil {
 			return err

@@ -41,7 +41,7 @@ func call[S, T any](ctx context.Context, p proxy, m method, fn func(ctx context.
 		return zero, opErr(m.op, err)
 	}
 	out, err := on(ctx, u, inst, m, fn)
-	if err == nil || errs.KindOf(err) != errs.Unavailable || !died(ctx, inst) {
+	if !died(ctx, err, inst) {
 		return out, err
 	}
 	if m.once {
@@ -52,7 +52,7 @@ func call[S, T any](ctx context.Context, p proxy, m method, fn func(ctx context.
 		return zero, opErr(m.op, aerr)
 	}
 	out, err = on(ctx, u, next, m, fn)
-	if err != nil && errs.KindOf(err) == errs.Unavailable && died(ctx, next) {
+	if died(ctx, err, next) {
 		return zero, u.lost(m.op, err)
 	}
 	return out, err
@@ -72,7 +72,7 @@ func stream[S any](ctx context.Context, p proxy, m method, delivered *bool, fn f
 			return opErr(m.op, err)
 		}
 		_, err = on(ctx, u, inst, m, func(ctx context.Context, s S) (struct{}, error) { return struct{}{}, fn(ctx, s) })
-		if err == nil || errs.KindOf(err) != errs.Unavailable || !died(ctx, inst) {
+		if !died(ctx, err, inst) {
 			return err
 		}
 		if *delivered || m.once || try > 0 {
@@ -96,8 +96,12 @@ func on[S, T any](ctx context.Context, u *unit, inst Instance, m method, fn func
 	return fn(ctx, s)
 }
 
-// died tells whether an instance is gone, giving the news a moment to arrive.
-func died(ctx context.Context, inst Instance) bool {
+// died tells whether a call failed because its instance is gone, giving the news a moment to arrive. A call
+// that was about to begin when the connection was closed fails with Canceled though nobody cancelled it.
+func died(ctx context.Context, err error, inst Instance) bool {
+	if k := errs.KindOf(err); err == nil || k != errs.Unavailable && (k != errs.Canceled || ctx.Err() != nil) {
+		return false
+	}
 	t := time.NewTimer(deathNotice)
 	defer t.Stop()
 	select {

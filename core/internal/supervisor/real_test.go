@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -531,4 +532,52 @@ func TestAttach(t *testing.T) {
 	must(t, p.Signal(syscall.Signal(0)))
 	must(t, p.Kill())
 	_, _ = p.Wait()
+}
+
+// Callers who do not stop calling see nothing of kills and restarts but a longer call.
+func TestKillUnderLoad(t *testing.T) {
+	dir := shortDir(t)
+	r := newReal(t, dir, "call_wait = \"20s\"", goodTable(selfCopy(t, dir)))
+	r.ready()
+	const callers = 8
+	var calls [callers]atomic.Int64
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	for i := range callers {
+		wg.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if err := r.append("hello"); err != nil {
+					t.Errorf("caller %d: %v", i, err)
+				}
+				calls[i].Add(1)
+			}
+		})
+	}
+	// settle waits until each caller has come through a few times.
+	settle := func() {
+		for i := range calls {
+			for end, want := time.Now().Add(20*time.Second), calls[i].Load()+5; calls[i].Load() < want; {
+				if time.Now().After(end) {
+					t.Errorf("caller %d does not come through", i)
+					return
+				}
+				time.Sleep(time.Millisecond)
+			}
+		}
+	}
+	for range 12 {
+		settle()
+		if pid := r.pid(); pid > 0 {
+			must(t, unix.Kill(pid, unix.SIGKILL))
+		}
+		settle()
+		must(t, r.sup.Restart(context.Background(), service.KindLog))
+	}
+	close(stop)
+	wg.Wait()
 }

@@ -116,10 +116,10 @@ func New(opt Options) *Supervisor {
 }
 
 // OnUp registers fn to be called, in a goroutine of its own, each time the plugin of a kind comes up; ctx
-// ends when that instance does. Register before Start.
+// ends when that instance does. Calls of one fn do not overlap. Register before Start.
 func (s *Supervisor) OnUp(kind service.Kind, fn func(ctx context.Context)) {
 	if u := s.units[kind]; u != nil {
-		u.onUp = append(u.onUp, fn)
+		u.onUp = append(u.onUp, &hook{fn: fn})
 	}
 }
 

@@ -193,6 +193,17 @@ func TestCallIsRepeatedOnceAfterADeath(t *testing.T) {
 		if err := s.Log().Append(bg, nil); err != nil {
 			t.Fatalf("not repeated: %v", err)
 		}
+		// The connection may have been closed just before the call began.
+		f.onCall = func(i *fakeInstance, _ context.Context) error {
+			if i.n == 1 {
+				i.die("killed by SIGKILL")
+				return errs.New(errs.Canceled, "the client connection is closing")
+			}
+			return nil
+		}
+		if err := s.Log().Append(bg, nil); err != nil {
+			t.Fatalf("not repeated: %v", err)
+		}
 		// Twice is enough: what kills its plugin each time is not tried for ever.
 		f.onCall = func(i *fakeInstance, _ context.Context) error { i.die("again"); return errGone }
 		before := f.count()
@@ -352,6 +363,37 @@ func TestOnUp(t *testing.T) {
 		if downs != 2 {
 			t.Errorf("a hook outlives Stop")
 		}
+	})
+}
+
+// A hook that does not return when it should delays itself only.
+func TestSlowHook(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &fakePlugins{}
+		s := New(Options{CallWait: time.Second, CallTimeout: time.Minute, Notice: func(Notice) {}, Health: newTracker(),
+			Units: []Unit{{Kind: service.KindLog, Launch: f.launch, HealthInterval: 5 * time.Second, HealthDeadline: time.Second, HealthMisses: 3,
+				StartTimeout: time.Second, StopTimeout: time.Second}}})
+		running, most, runs := 0, 0, 0
+		s.OnUp(service.KindLog, func(context.Context) {
+			running++
+			runs++
+			most = max(most, running)
+			time.Sleep(time.Minute)
+			running--
+		})
+		s.Start()
+		_ = s.Ready(bg)
+		synctest.Wait()
+		f.last().die("x")
+		synctest.Wait()
+		if f.count() != 2 || s.Status(service.KindLog).State != StateUp {
+			t.Error("the hook held up the restart")
+		}
+		time.Sleep(3 * time.Minute)
+		if most != 1 || runs != 2 {
+			t.Errorf("%d at a time, %d in all", most, runs)
+		}
+		s.Stop(bg)
 	})
 }
 

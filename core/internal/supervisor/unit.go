@@ -32,7 +32,8 @@ const killWait = 5 * time.Second
 type unit struct {
 	Unit
 	opt    *Options
-	onUp   []func(ctx context.Context)
+	onUp   []*hook
+	hooks  sync.WaitGroup
 	policy restartPolicy // of the run goroutine
 	ask    chan chan error
 
@@ -49,6 +50,21 @@ type unit struct {
 	misses   int
 	healthAt time.Time // last answered health check
 	ending   bool
+}
+
+// hook is a function to be called when the plugin is up. One that is slow to return holds up neither the
+// next launch nor other hooks; its own next call waits for it.
+type hook struct {
+	mu sync.Mutex
+	fn func(ctx context.Context)
+}
+
+func (h *hook) run(ctx context.Context) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if ctx.Err() == nil {
+		h.fn(ctx)
+	}
 }
 
 func newUnit(u Unit, opt *Options) *unit {
@@ -77,6 +93,7 @@ func (u *unit) hasLocked(f service.Feature) bool { return slices.Contains(u.info
 
 // run launches and watches until ctx ends; the last instance is stopped by shutdown, before.
 func (u *unit) run(ctx context.Context) {
+	defer u.hooks.Wait()
 	var asked chan error // whoever waits for the launch that is under way
 	for first := true; ctx.Err() == nil; first = false {
 		u.mu.Lock()
@@ -93,7 +110,7 @@ func (u *unit) run(ctx context.Context) {
 
 		inst, err := u.launch(ctx)
 		if err == nil {
-			asked = u.answer(asked, nil)
+			answer(asked, nil)
 			asked = u.watch(ctx, inst)
 			if asked != nil {
 				u.policy.forgive()
@@ -101,7 +118,7 @@ func (u *unit) run(ctx context.Context) {
 			}
 		} else {
 			u.failed(err)
-			asked = u.answer(asked, err)
+			answer(asked, err)
 		}
 		if ctx.Err() != nil {
 			return
@@ -111,11 +128,10 @@ func (u *unit) run(ctx context.Context) {
 }
 
 // answer tells whoever asked for a restart how it went.
-func (u *unit) answer(asked chan error, err error) chan error {
+func answer(asked chan error, err error) {
 	if asked != nil {
 		asked <- err
 	}
-	return nil
 }
 
 func (u *unit) launch(ctx context.Context) (Instance, error) {
@@ -153,14 +169,14 @@ func (u *unit) launch(ctx context.Context) (Instance, error) {
 func (u *unit) watch(ctx context.Context, inst Instance) (asked chan error) {
 	ictx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	var hooks sync.WaitGroup
-	for _, fn := range u.onUp {
-		hooks.Go(func() { fn(ictx) })
+	for _, h := range u.onUp {
+		u.hooks.Go(func() { h.run(ictx) })
 	}
-	defer hooks.Wait()
+	var checks sync.WaitGroup
+	defer checks.Wait()
 	defer cancel()
 	dead := make(chan string, 1)
-	hooks.Go(func() { u.checkHealth(ictx, inst, dead) })
+	checks.Go(func() { u.checkHealth(ictx, inst, dead) })
 
 	var why string
 	select {
