@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -20,7 +21,7 @@ func (s *story) removeAll() error {
 	say("while it all runs: %d processes, %d links, %d network name spaces, %d nftables tables, %d sockets",
 		len(running.Processes), len(running.Links), len(running.Namespaces), len(running.Tables), len(running.Sockets))
 	// What is found must be found: a look that sees nothing proves nothing later.
-	if count(running, "qemu") != 2 || len(running.Links) < 3 || len(running.Namespaces) == 0 || len(running.Tables) == 0 || len(running.Sockets) == 0 {
+	if count(running, "qemu-system") != 2 || len(running.Links) < 3 || len(running.Namespaces) == 0 || len(running.Tables) == 0 || len(running.Sockets) == 0 {
 		return fmt.Errorf("the demo does not see what runs:\n%s", strings.Join(running.List(), "\n"))
 	}
 	if _, err := s.cli("vm", "stop", "alice", "bob", "--timeout", "30s"); err != nil {
@@ -58,7 +59,7 @@ func (s *story) removeAll() error {
 	if err != nil {
 		return err
 	}
-	if n := count(rest, "qemu"); n > 0 || len(rest.Links)+len(rest.Namespaces)+len(rest.Mounts) > 0 {
+	if n := count(rest, "qemu-system"); n > 0 || len(rest.Links)+len(rest.Namespaces)+len(rest.Mounts) > 0 {
 		return fmt.Errorf("%w although all objects are removed:\n%s", errLeft, strings.Join(rest.List(), "\n"))
 	}
 	say("their processes, links and name spaces are gone; mvirtd and its plugins run: %d processes", len(rest.Processes))
@@ -91,7 +92,7 @@ func (s *story) checkNothingLeft() error {
 	}
 	say("no process, link, name space, nftables table, mount, socket or stray file")
 	// In the state directories: no volume, no template, no VM's directory.
-	for _, pattern := range []string{"storage/volumes/*", "storage/templates/*", "storage/.tmp/*", "vmm/vm/*"} {
+	for _, pattern := range []string{"storage/volumes/*", "storage/templates/*", "storage/snapshots/*", "storage/.tmp/*", "vmm/vm/*", "vmm/kernels/*", "net/workers/*"} {
 		list, err := filepath.Glob(filepath.Join(s.place.Dir, pattern))
 		if err != nil {
 			return err
@@ -100,8 +101,15 @@ func (s *story) checkNothingLeft() error {
 			return fmt.Errorf("%w in the state directories: %s", errLeft, strings.Join(list, ", "))
 		}
 	}
-	if list, err := filepath.Glob(filepath.Join(s.place.Run, "*")); err != nil || len(list) > 0 {
-		return fmt.Errorf("%w in %s: %v %v", errLeft, s.place.Run, list, err)
+	// Of the sockets' directory only empty directories and the file that a second mvirtd would look into.
+	err = filepath.WalkDir(s.place.Run, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && !d.IsDir() && path != filepath.Join(s.place.Run, "mvirtd.pid") {
+			err = fmt.Errorf("%w: %s", errLeft, path)
+		}
+		return err
+	})
+	if err != nil {
+		return err
 	}
 	for _, d := range []string{s.place.Dir, s.place.Run} {
 		if err := os.RemoveAll(d); err != nil {
