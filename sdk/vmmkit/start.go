@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -20,6 +21,9 @@ import (
 	"github.com/mvirt/mvirt/sdk/vmmkit/console"
 	"github.com/mvirt/mvirt/sdk/vmmkit/store"
 )
+
+// endingGrace is how long a process may take to end after its connection broke.
+const endingGrace = 200 * time.Millisecond
 
 // maxLog is how long the hypervisor's own log may have become before it is put aside at a start.
 const maxLog = 1 << 20
@@ -223,12 +227,14 @@ func (v *machine) connect(ctx context.Context, r *run, def store.Definition, req
 		if inst != nil {
 			_ = inst.Close()
 		}
+		// A connection that broke is mostly a process that ends: then how it ended says more.
 		select {
 		case <-r.proc.Done():
 			return errs.New(errs.Precondition, "the hypervisor ended with %s", r.proc.Exit()).Because("HYPERVISOR_ENDED")
-		default:
-			return err
+		case <-ctx.Done():
+		case <-time.After(endingGrace):
 		}
+		return err
 	}
 	return v.hold(ctx, r, inst, l)
 }

@@ -1,0 +1,282 @@
+// Package ch drives cloud-hypervisor for vmmkit.
+//
+// # What a hypervisor is given
+//
+// Its argument 0 is the VM's marker. Descriptor 3 is the listening API socket, made by us, so that we are
+// connected before it has begun. All else it is told by requests: nothing that a user chose is ever an option.
+// It writes events to events.json and its complaints to hypervisor.log; the serial port is a socket that it
+// makes itself, whose output we append to console.log. While we are away it keeps the latest output in a ring
+// of its own and gives it to us when we are back.
+//
+// # How an end is told apart
+//
+// Version 53 and later run with --no-shutdown: a guest that powers off leaves its VMM waiting, so that we hear
+// of it even if we were away, and a soft reboot keeps the process, with the descriptors that it holds. Older
+// ones end with their guest; the last lines of events.json tell why.
+package ch
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/mvirt/mvirt/sdk/errs"
+	"github.com/mvirt/mvirt/sdk/service"
+	"github.com/mvirt/mvirt/sdk/vmm"
+	"github.com/mvirt/mvirt/sdk/vmmkit"
+	"github.com/mvirt/mvirt/sdk/vmmkit/console"
+	"github.com/mvirt/mvirt/sdk/vmmkit/proc"
+	"github.com/mvirt/mvirt/sdk/vmmkit/unixsock"
+)
+
+// Config says which cloud-hypervisor and firmware.
+type Config struct {
+	Binary   string // path; "": look for it
+	Firmware string // rust-hypervisor-firmware; "": look for it
+	UEFI     string // CLOUDHV.fd; "": look for it
+	NoKVM    bool   // for a test double, which needs none
+}
+
+// Files in a VM's directory.
+const (
+	apiSocket    = "api.sock"
+	serialSocket = "serial.sock"
+	eventsFile   = "events.json"
+)
+
+// oldest is the first version that is run: before it a guest could have its raw disk taken for another format
+// (CVE-2026-27211) and more (CVE-2026-45782).
+var oldest = chVersion{51, 2}
+
+type chVersion struct{ major, minor int }
+
+func (v chVersion) less(o chVersion) bool {
+	return v.major < o.major || v.major == o.major && v.minor < o.minor
+}
+
+func (v chVersion) String() string { return fmt.Sprintf("%d.%d", v.major, v.minor) }
+
+// program is a binary as it was found.
+type program struct {
+	path       string
+	version    chVersion
+	noShutdown bool // it has --no-shutdown
+}
+
+// Driver is a vmmkit.Driver.
+type Driver struct {
+	cfg    Config
+	since  time.Time
+	kvm    error // nil: usable
+	events *console.Watcher
+
+	probed chan struct{} // closed when what follows is set
+	prog   program
+	err    error
+}
+
+var (
+	_ vmmkit.Driver  = (*Driver)(nil)
+	_ vmmkit.Coroner = (*Driver)(nil)
+)
+
+// New makes a driver. A program or a device that is missing is a condition, and the error of each start.
+func New(cfg Config) (*Driver, error) {
+	w, err := console.NewWatcher()
+	if err != nil {
+		return nil, err
+	}
+	d := &Driver{cfg: cfg, since: time.Now(), events: w, probed: make(chan struct{})}
+	if !cfg.NoKVM {
+		d.kvm = kvmUsable()
+	}
+	go func() {
+		defer close(d.probed)
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		defer cancel()
+		d.prog, d.err = probe(ctx, cfg.Binary)
+	}()
+	return d, nil
+}
+
+func kvmUsable() error {
+	f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	const kvmGetAPIVersion = 0xAE00 // _IO(KVMIO, 0x00); linux/kvm.h
+	v, _, e := unix.Syscall(unix.SYS_IOCTL, f.Fd(), kvmGetAPIVersion, 0)
+	if e != 0 || v != 12 {
+		return fmt.Errorf("/dev/kvm has API version %d (%w), not 12", v, e)
+	}
+	return nil
+}
+
+var versionLine = regexp.MustCompile(`^cloud-hypervisor v([0-9]{1,4})\.([0-9]{1,4})`)
+
+// probe asks a binary what it is.
+func probe(ctx context.Context, path string) (program, error) {
+	p := program{path: path}
+	if path == "" {
+		var err error
+		if p.path, err = find("cloud-hypervisor", "/usr/local/bin", "/usr/bin", "/usr/libexec", "/opt/cloud-hypervisor/bin"); err != nil {
+			return p, errs.Wrap(errs.Unavailable, err, "cloud-hypervisor is not installed").(*errs.Error).Because("PROGRAM_MISSING").
+				Do("install it, or give its path with --cloud-hypervisor")
+		}
+	}
+	out, err := output(ctx, p.path, "--version")
+	if err != nil {
+		return p, errs.Wrap(errs.Unavailable, err, "%s --version fails", p.path)
+	}
+	m := versionLine.FindStringSubmatch(out)
+	if m == nil {
+		return p, errs.New(errs.Unavailable, "%s does not say that it is cloud-hypervisor", p.path).
+			Do("give the right program with --cloud-hypervisor")
+	}
+	p.version.major, _ = strconv.Atoi(m[1]) // digits, by the pattern
+	p.version.minor, _ = strconv.Atoi(m[2])
+	if p.version.less(oldest) {
+		return p, errs.New(errs.Unavailable, "%s is version %s; before %s a guest can read host files through its raw disk (CVE-2026-27211, CVE-2026-45782)",
+			p.path, p.version, oldest).Because("PROGRAM_TOO_OLD").Do("install cloud-hypervisor " + oldest.String() + " or newer")
+	}
+	help, err := output(ctx, p.path, "--help")
+	if err != nil {
+		return p, errs.Wrap(errs.Unavailable, err, "%s --help fails", p.path)
+	}
+	p.noShutdown = strings.Contains(help, "--no-shutdown")
+	return p, nil
+}
+
+func output(ctx context.Context, path string, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, path, args...)
+	cmd.Env = environment()
+	b, err := cmd.Output()
+	return string(b), err
+}
+
+func environment() []string { return []string{"PATH=/usr/bin:/bin", "LC_ALL=C", "HOME=/"} }
+
+// find looks for a regular file in directories.
+func find(name string, dirs ...string) (string, error) {
+	for _, dir := range dirs {
+		p := filepath.Join(dir, name)
+		if st, err := os.Stat(p); err == nil && st.Mode().IsRegular() {
+			return p, nil
+		}
+	}
+	return "", fmt.Errorf("no %s in %s: %w", name, strings.Join(dirs, ", "), fs.ErrNotExist)
+}
+
+// Conditions tells of what is missing.
+func (d *Driver) Conditions() []service.Condition {
+	var cs []service.Condition
+	if d.kvm != nil {
+		cs = append(cs, service.Condition{Code: "KVM_UNAVAILABLE", Severity: service.SeverityCritical, Since: d.since,
+			Text:   "cloud-hypervisor needs KVM: " + d.kvm.Error(),
+			Remedy: "load kvm_intel or kvm_amd, and let the plugin's user into the group of /dev/kvm; or use vmm-qemu"})
+	}
+	select {
+	case <-d.probed:
+		if d.err != nil {
+			cs = append(cs, service.Condition{Code: "HYPERVISOR_UNAVAILABLE", Severity: service.SeverityCritical, Since: d.since,
+				Text: d.err.Error(), Remedy: errs.RemedyOf(d.err)})
+		}
+	default:
+	}
+	return cs
+}
+
+// Check says what of a definition cannot be done.
+func (d *Driver) Check(s vmm.Spec) error {
+	if s.Boot.HasKernel || s.Boot.Cmdline != "" {
+		return nil
+	}
+	_, err := d.firmware(s.Boot.Firmware)
+	if err != nil && s.Boot.Firmware == "" {
+		return nil // whether there is a kernel is known at the start only
+	}
+	return err
+}
+
+// firmware finds the firmware of a kind.
+func (d *Driver) firmware(kind string) (string, error) {
+	path, name, flag := d.cfg.Firmware, "hypervisor-fw", "--firmware"
+	if kind == "uefi" {
+		path, name, flag = d.cfg.UEFI, "CLOUDHV.fd", "--uefi-firmware"
+	}
+	var err error
+	if path == "" {
+		path, err = find(name, "/usr/share/cloud-hypervisor", "/usr/local/share/cloud-hypervisor", "/usr/share/hypervisor-fw", "/opt/cloud-hypervisor/share")
+	} else {
+		_, err = os.Stat(path)
+	}
+	if err != nil {
+		return "", &errs.Error{Kind: errs.Invalid, Field: "spec.boot.firmware", Message: "the firmware " + name + " is not there", Err: err,
+			Remedy: "install it, give its path with " + flag + ", or boot a kernel directly"}
+	}
+	return path, nil
+}
+
+// state is what is kept with a VM between Prepare and each Connect.
+type state struct {
+	Shared     bool   // guest memory is shared: vhost-user devices can be plugged
+	NoShutdown bool   // the process stays when its guest powers off
+	Version    string // of the binary that it was started with
+}
+
+// Prepare makes the command.
+func (d *Driver) Prepare(ctx context.Context, m vmmkit.Machine) (vmmkit.Launch, error) {
+	select {
+	case <-d.probed:
+	case <-ctx.Done():
+		return vmmkit.Launch{}, ctx.Err()
+	}
+	switch {
+	case d.err != nil:
+		return vmmkit.Launch{}, d.err
+	case d.kvm != nil:
+		return vmmkit.Launch{}, &errs.Error{Kind: errs.Unavailable, Reason: "KVM_UNAVAILABLE", Message: "cloud-hypervisor needs KVM", Err: d.kvm,
+			Remedy: "load kvm_intel or kvm_amd, and let the plugin's user into the group of /dev/kvm; or use vmm-qemu"}
+	}
+	if m.Kernel == "" {
+		if _, err := d.firmware(m.Spec.Boot.Firmware); err != nil {
+			return vmmkit.Launch{}, err
+		}
+	}
+	// It binds its serial socket itself, and only where nothing is.
+	for _, f := range []string{serialSocket, eventsFile} {
+		if err := os.Remove(filepath.Join(m.Dir, f)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return vmmkit.Launch{}, err
+		}
+	}
+	st, err := json.Marshal(state{Shared: shared(m.NICs), NoShutdown: d.prog.noShutdown, Version: d.prog.version.String()})
+	if err != nil {
+		return vmmkit.Launch{}, err
+	}
+	api, err := unixsock.Listen(m.Dir, apiSocket, 0o600)
+	if err != nil {
+		return vmmkit.Launch{}, errs.Wrap(errs.Unknown, err, "the control socket cannot be made")
+	}
+	args := []string{"--api-socket", "fd=3", "--event-monitor", "path=" + eventsFile, "--seccomp", "true"}
+	if d.prog.noShutdown {
+		args = append(args, "--no-shutdown")
+	}
+	return vmmkit.Launch{
+		Command:    proc.Command{Path: d.prog.path, Name: m.Marker, Args: args, Dir: m.Dir, Env: environment(), Files: []*os.File{api}},
+		Hypervisor: "cloud-hypervisor " + d.prog.version.String() + " (kvm)",
+		State:      st,
+		Close:      func() { api.Close() },
+	}, nil
+}
