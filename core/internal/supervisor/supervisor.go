@@ -119,7 +119,7 @@ func New(opt Options) *Supervisor {
 // ends when that instance does. Calls of one fn do not overlap. Register before Start.
 func (s *Supervisor) OnUp(kind service.Kind, fn func(ctx context.Context)) {
 	if u := s.units[kind]; u != nil {
-		u.onUp = append(u.onUp, &hook{fn: fn})
+		u.onUp = append(u.onUp, newHook(fn))
 	}
 }
 

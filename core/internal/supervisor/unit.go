@@ -55,15 +55,22 @@ type unit struct {
 // hook is a function to be called when the plugin is up. One that is slow to return holds up neither the
 // next launch nor other hooks; its own next call waits for it.
 type hook struct {
-	mu sync.Mutex
-	fn func(ctx context.Context)
+	turn chan struct{} // holds one token
+	fn   func(ctx context.Context)
+}
+
+func newHook(fn func(ctx context.Context)) *hook {
+	h := &hook{turn: make(chan struct{}, 1), fn: fn}
+	h.turn <- struct{}{}
+	return h
 }
 
 func (h *hook) run(ctx context.Context) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if ctx.Err() == nil {
+	select {
+	case <-h.turn:
 		h.fn(ctx)
+		h.turn <- struct{}{}
+	case <-ctx.Done():
 	}
 }
 
