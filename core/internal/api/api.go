@@ -79,6 +79,7 @@ type Server struct {
 	consoles *consolelog.Collector
 	bus      bus.Bus
 	lookup   lookup
+	mirror   mirror
 	files    fileTable
 
 	grpc  *grpc.Server
@@ -118,7 +119,7 @@ func New(opt Options) (*Server, error) {
 	s.changes = plan.New(svc, s.engine)
 	s.consoles = consolelog.New(s.vmm, s.audit.Note)
 	s.recon = reconcile.New(reconcile.Options{Services: svc, Changes: s.changes, Engine: s.engine, Health: opt.Health, Audit: s.audit.Append,
-		Publish: s.bus.Publish, Log: opt.Log, StateDir: dir, Up: s.up, Seen: s.consoles.Saw})
+		Publish: s.bus.Publish, Log: opt.Log, StateDir: dir, Up: s.up, Seen: s.consoles.Saw, Event: s.mirror.event, Watching: s.mirror.reset})
 	for _, k := range service.Kinds() {
 		sup.OnUp(k, func(ctx context.Context) { s.pluginUp(ctx, k) })
 	}

@@ -16,7 +16,8 @@ import (
 // operationEnded makes the audit entry of an operation. Its id is the operation's, so that one repeated after
 // a crash is stored once.
 func (s *Server) operationEnded(ctx context.Context, op operation.Operation) error {
-	s.lookup.forget()
+	s.lookup.mark(op.Objects)
+	s.mirror.mark(op.Objects)
 	msg := op.Title + ": " + string(op.State)
 	if err := op.Err(); err != nil {
 		msg += ": " + err.Error()
@@ -38,12 +39,15 @@ func (s *Server) operationEnded(ctx context.Context, op operation.Operation) err
 }
 
 func (s *Server) operationChanged(op operation.Operation) {
-	typ := "operation.changed"
+	typ, text := "operation.changed", op.Phase
 	if op.State.Final() {
-		typ = "operation." + string(op.State)
+		typ, text = "operation."+string(op.State), string(op.State)
+		if err := op.Err(); err != nil {
+			text += ": " + err.Error()
+		}
 	}
 	s.bus.Publish(bus.Event{Type: typ, Objects: append([]string{op.ID}, op.Objects...), Labels: map[string]string{"op": op.Type, "state": string(op.State)},
-		Message: op.Title + ": " + op.Phase})
+		Message: op.Title + ": " + text})
 }
 
 // HostFor is what the plugin of a kind may ask of the core. Who speaks is settled by the connection.
@@ -88,7 +92,7 @@ func (h host) Publish(_ context.Context, ev service.Event) error {
 	if len(ev.Objects) > 64 {
 		ev.Objects = ev.Objects[:64]
 	}
-	h.s.lookup.forget()
+	h.s.lookup.mark(ev.Objects)
 	h.s.bus.Publish(bus.Event{Time: ev.Time, Type: ev.Type, Objects: ev.Objects, Labels: l})
 	return nil
 }

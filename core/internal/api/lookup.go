@@ -2,37 +2,41 @@ package api
 
 import (
 	"context"
+	"maps"
 	"sync"
 	"time"
 
 	"github.com/mvirt/mvirt/core/internal/api/convert"
+	"github.com/mvirt/mvirt/sdk/errs"
 	"github.com/mvirt/mvirt/sdk/net"
 	"github.com/mvirt/mvirt/sdk/service"
 	"github.com/mvirt/mvirt/sdk/storage"
 	"github.com/mvirt/mvirt/sdk/vmm"
 )
 
-// lookupAge bounds how old the names of volumes and NICs in a list of VMs may be. The core forgets them at
-// each change that it makes itself, so age matters only for what happens elsewhere.
-const lookupAge = 30 * time.Second
+// lookupAge bounds how old the names of volumes and NICs in a list of VMs may be. Names, sizes and addresses
+// change only by operations of the core, which mark what they touch; age is for what nobody thought of.
+const lookupAge = 5 * time.Minute
 
 // joinTime is how long a list waits for names from another plugin.
 const joinTime = 2 * time.Second
 
-// lookup keeps volumes and NICs by id, so that a list of VMs needs one call to one plugin.
+// lookup keeps volumes and NICs by id, so that a list of VMs needs no call for their names.
 type lookup struct {
 	s *Server
 
-	mu      sync.Mutex
-	version uint64 // grows when something is forgotten
-	at      time.Time
-	filled  uint64 // version that the maps are of
-	volumes map[string]storage.Volume
-	nics    map[string]net.NIC
+	mu    sync.Mutex
+	now   names // version 0: nothing is known
+	at    time.Time
+	last  uint64          // the newest version given out
+	stale bool            // all is to be asked for again
+	dirty map[string]bool // ids to ask for again
+	epoch uint64          // grows with each forget and mark
 }
 
-// names is what a lookup found; missing plugins leave it empty.
+// names is what a lookup found; of plugins that are away, what is known from before. It never changes.
 type names struct {
+	version uint64
 	volumes map[string]storage.Volume
 	nics    map[string]net.NIC
 }
@@ -42,84 +46,133 @@ func (n names) NIC(id string) (net.NIC, bool)           { v, ok := n.nics[id]; r
 
 var _ convert.Lookup = names{}
 
-// forget makes the next lookup ask again.
+// forget makes the next lookup ask for everything again.
 func (l *lookup) forget() {
 	l.mu.Lock()
-	l.version++
-	l.mu.Unlock()
+	defer l.mu.Unlock()
+	l.stale = true
+	l.epoch++
 }
 
-// all gets all names, from memory if nothing has changed. It never waits for a plugin that is down.
+// mark makes the next lookup ask for these objects again. Ids of other objects do no harm.
+func (l *lookup) mark(ids []string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.dirty == nil {
+		l.dirty = map[string]bool{}
+	}
+	for _, id := range ids {
+		l.dirty[id] = true
+	}
+	l.epoch++
+}
+
+// all gets all names, from memory where nothing has changed. It never waits for a plugin that is down.
 func (l *lookup) all(ctx context.Context) names {
 	l.mu.Lock()
-	version := l.version
-	if l.filled == version && l.volumes != nil && time.Since(l.at) < lookupAge {
-		n := names{l.volumes, l.nics}
-		l.mu.Unlock()
-		return n
-	}
-	old := names{l.volumes, l.nics}
+	old, epoch := l.now, l.epoch
+	fresh := old.version != 0 && !l.stale && time.Since(l.at) < lookupAge
+	dirty := maps.Clone(l.dirty)
 	l.mu.Unlock()
-
+	if fresh && len(dirty) == 0 {
+		return old
+	}
 	ctx, cancel := context.WithTimeout(ctx, joinTime)
 	defer cancel()
-	var wg sync.WaitGroup
-	fresh := names{}
-	complete := true
-	var vols []storage.Volume
-	var nics []net.NIC
-	var verr, nerr error
-	if l.s.up(service.KindStorage) {
-		wg.Go(func() { vols, verr = l.s.storage.ListVolumes(ctx) })
+	now := old
+	var complete bool
+	if fresh && len(dirty) <= maxAsk {
+		complete = l.some(ctx, &now, dirty)
 	} else {
-		complete, fresh.volumes = false, old.volumes
+		complete = l.every(ctx, &now)
 	}
-	if l.s.up(service.KindNet) {
-		wg.Go(func() { nics, nerr = l.s.net.ListNICs(ctx, net.ListNICsRequest{}) })
-	} else {
-		complete, fresh.nics = false, old.nics
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.last++
+	now.version = l.last
+	if !complete {
+		return now // good enough to show, not to keep
 	}
-	wg.Wait()
-	if verr != nil {
-		complete, fresh.volumes = false, old.volumes
-	}
-	if nerr != nil {
-		complete, fresh.nics = false, old.nics
-	}
-	if fresh.volumes == nil {
-		fresh.volumes = make(map[string]storage.Volume, len(vols))
-		for _, v := range vols {
-			fresh.volumes[v.ID] = v
+	l.now = now
+	if epoch == l.epoch { // nothing was marked meanwhile
+		l.dirty, l.stale = nil, false
+		if !fresh {
+			l.at = time.Now()
 		}
 	}
-	if fresh.nics == nil {
-		fresh.nics = make(map[string]net.NIC, len(nics))
-		for _, n := range nics {
-			fresh.nics[n.ID] = n
-		}
-	}
-	if complete {
-		l.mu.Lock()
-		if version == l.version {
-			l.volumes, l.nics, l.filled, l.at = fresh.volumes, fresh.nics, version, time.Now()
-		}
-		l.mu.Unlock()
-	}
-	return fresh
+	return now
 }
 
-// some gets the names that one VM needs: from memory, or object by object.
-func (l *lookup) some(ctx context.Context, vm vmm.VM) names {
+// every asks for all volumes and NICs, side by side.
+func (l *lookup) every(ctx context.Context, n *names) (complete bool) {
+	var wg sync.WaitGroup
+	var vols []storage.Volume
+	var nics []net.NIC
+	var err1, err2 error = errs.Unavailable, errs.Unavailable
+	if l.s.up(service.KindStorage) {
+		wg.Go(func() { vols, err1 = l.s.storage.ListVolumes(ctx) })
+	}
+	if l.s.up(service.KindNet) {
+		wg.Go(func() { nics, err2 = l.s.net.ListNICs(ctx, net.ListNICsRequest{}) })
+	}
+	wg.Wait()
+	if err1 == nil {
+		n.volumes = make(map[string]storage.Volume, len(vols))
+		for _, v := range vols {
+			n.volumes[v.ID] = v
+		}
+	}
+	if err2 == nil {
+		n.nics = make(map[string]net.NIC, len(nics))
+		for _, v := range nics {
+			n.nics[v.ID] = v
+		}
+	}
+	return err1 == nil && err2 == nil
+}
+
+// some asks for single objects.
+func (l *lookup) some(ctx context.Context, n *names, ids map[string]bool) (complete bool) {
+	if !l.s.up(service.KindStorage) || !l.s.up(service.KindNet) {
+		return false
+	}
+	n.volumes, n.nics = maps.Clone(n.volumes), maps.Clone(n.nics)
+	for id := range ids {
+		v, err := l.s.storage.GetVolume(ctx, storage.Ref{Ref: id})
+		if !put(n.volumes, id, v, err) {
+			return false
+		}
+		c, err := l.s.net.GetNIC(ctx, net.Ref{Ref: id})
+		if !put(n.nics, id, c, err) {
+			return false
+		}
+	}
+	return true
+}
+
+func put[T any](m map[string]T, id string, v T, err error) bool {
+	switch {
+	case err == nil:
+		m[id] = v
+	case errs.KindOf(err) == errs.NotFound:
+		delete(m, id)
+	default:
+		return false
+	}
+	return true
+}
+
+// of gets the names that one VM needs: from memory, or object by object.
+func (l *lookup) of(ctx context.Context, vm vmm.VM) names {
 	l.mu.Lock()
-	if l.filled == l.version && l.volumes != nil && time.Since(l.at) < lookupAge {
-		n := names{l.volumes, l.nics}
-		l.mu.Unlock()
-		return n
+	if l.now.version != 0 && !l.stale && len(l.dirty) == 0 && time.Since(l.at) < lookupAge {
+		defer l.mu.Unlock()
+		return l.now
 	}
 	l.mu.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, joinTime)
 	defer cancel()
-	n := names{map[string]storage.Volume{}, map[string]net.NIC{}}
+	n := names{volumes: map[string]storage.Volume{}, nics: map[string]net.NIC{}}
 	if l.s.up(service.KindStorage) {
 		for _, d := range vm.Spec.Disks {
 			if v, err := l.s.storage.GetVolume(ctx, storage.Ref{Ref: d.VolumeID}); err == nil {

@@ -6,6 +6,7 @@ import (
 	"os"
 
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/mvirt/mvirt/core/apiv1"
 	"github.com/mvirt/mvirt/core/internal/api/convert"
@@ -33,25 +34,33 @@ type vmsAPI struct {
 }
 
 func (a *vmsAPI) List(ctx context.Context, _ *apiv1.ListVMsRequest) (*apiv1.ListVMsResponse, error) {
-	named := make(chan names, 1)
-	go func() { named <- a.lookup.all(ctx) }()
-	vms, err := a.vmm.List(ctx)
-	if err != nil {
-		return nil, err
+	look := a.lookup.all(ctx)
+	known := a.mirror.settle(ctx, a.vmm.Get)
+	out := &apiv1.ListVMsResponse{}
+	if known {
+		out.Vms, known = a.mirror.list(look)
 	}
-	look := <-named
-	out := &apiv1.ListVMsResponse{Vms: make([]*apiv1.VM, len(vms))}
-	for i := range vms {
-		out.Vms[i] = convert.VM(vms[i], look, false)
-	}
-	for _, c := range a.health.List("") {
-		if c.Object == "" {
-			continue
+	if !known {
+		vms, err := a.vmm.List(ctx)
+		if err != nil {
+			return nil, err
 		}
-		for _, vm := range out.Vms {
-			if vm.Id == c.Object {
-				vm.Conditions = append(vm.Conditions, convert.Conditions([]health.Condition{c})...)
-			}
+		out.Vms = make([]*apiv1.VM, len(vms))
+		for i := range vms {
+			out.Vms[i] = convert.VM(vms[i], look, false)
+		}
+	}
+	about := map[string][]health.Condition{}
+	for _, c := range a.health.List("") {
+		if c.Object != "" {
+			about[c.Object] = append(about[c.Object], c)
+		}
+	}
+	for i, vm := range out.Vms {
+		if cs := about[vm.GetId()]; len(cs) > 0 {
+			vm = proto.Clone(vm).(*apiv1.VM) // the mirror's is shared
+			vm.Conditions = convert.Conditions(cs)
+			out.Vms[i] = vm
 		}
 	}
 	return out, nil
@@ -59,7 +68,7 @@ func (a *vmsAPI) List(ctx context.Context, _ *apiv1.ListVMsRequest) (*apiv1.List
 
 // show answers with a VM in full.
 func (a *vmsAPI) show(ctx context.Context, vm vmm.VM, op string) *apiv1.VM {
-	out := convert.VM(vm, a.lookup.some(ctx, vm), true)
+	out := convert.VM(vm, a.lookup.of(ctx, vm), true)
 	for _, c := range a.health.List("") {
 		if c.Object == vm.ID {
 			out.Conditions = append(out.Conditions, convert.Conditions([]health.Condition{c})...)

@@ -178,7 +178,6 @@ func (e *Engine) start(ctx context.Context, p Plan) (h *handle, err error) {
 		return nil, err
 	}
 	e.tasks.Go(func() { h.forward(0) })
-	h.tell()
 	return h, nil
 }
 
@@ -374,6 +373,13 @@ func (e *Engine) Watch(ctx context.Context, id string, fn func(Operation) error)
 		h.mu.Lock()
 		op, changed := h.op.clone(), h.changed
 		h.mu.Unlock()
+		if op.State.Final() { // told when it is durable and audited, and the locks are free
+			select {
+			case <-h.ended:
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
 		if err := fn(op); err != nil || op.State.Final() {
 			return err
 		}
@@ -395,6 +401,9 @@ func (e *Engine) Cancel(id string, who Who) (Operation, error) {
 		return e.Get(id)
 	}
 	op := h.snapshot()
+	if op.State.Final() {
+		return op, nil
+	}
 	if op.Mode == Finish && op.did() > 0 {
 		return op, errs.New(errs.Precondition, "a part of it is done and cannot be undone, so it is finished").Because("PAST_RETURN").
 			With(errs.Resource{Type: "operation", ID: id, Name: op.Title}).Do("wait for its end: mvirt operation watch " + id)

@@ -62,8 +62,10 @@ type Options struct {
 	Up       func(k service.Kind) bool // whether a plugin answers now
 	// Seen is told of each VM that the watch shows; started: it was seen to start. ctx ends with the watch.
 	Seen     func(ctx context.Context, vm vmm.VM, started bool)
-	StateDir string // keeps the id of the boot whose VMs were started
-	BootID   string // "" : the kernel's
+	Event    func(e vmm.Event) // told of each event of the watch; may be nil
+	Watching func()            // told when a watch begins and when it ends; may be nil
+	StateDir string            // keeps the id of the boot whose VMs were started
+	BootID   string            // "" : the kernel's
 	Log      *slog.Logger
 }
 
@@ -85,6 +87,12 @@ func New(opt Options) *Reconciler {
 	}
 	if opt.Seen == nil {
 		opt.Seen = func(context.Context, vmm.VM, bool) {}
+	}
+	if opt.Event == nil {
+		opt.Event = func(vmm.Event) {}
+	}
+	if opt.Watching == nil {
+		opt.Watching = func() {}
 	}
 	r := &Reconciler{opt: opt, trigger: make(chan struct{}, 1), me: plan.Call{Who: operation.Who{Name: "core", Core: true}}, bootID: opt.BootID}
 	if r.bootID == "" {

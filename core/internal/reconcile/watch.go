@@ -13,10 +13,13 @@ import (
 func (r *Reconciler) watch(ctx context.Context) {
 	last := map[string]vmm.VM{}
 	for ctx.Err() == nil {
+		r.opt.Watching()
 		err := r.opt.Services.VMM.Watch(ctx, func(e vmm.Event) error {
+			r.opt.Event(e)
 			r.event(ctx, last, e)
 			return nil
 		})
+		r.opt.Watching()
 		if ctx.Err() != nil {
 			return
 		}

@@ -3,6 +3,7 @@ package plan
 import (
 	"context"
 	"fmt"
+	"slices"
 
 	"github.com/mvirt/mvirt/core/internal/operation"
 	"github.com/mvirt/mvirt/sdk/errs"
@@ -40,7 +41,11 @@ func (c *Changes) AttachDisk(ctx context.Context, call Call, vmID string, n NewD
 	}
 	d := &draft{c: c, vmID: vm.ID, name: vm.Spec.Name, disks: vm.Spec.Disks, plan: operation.Plan{Type: "vm.attach_volume",
 		Title: "attach a disk to VM " + vm.Spec.Name, Mode: operation.Undo, Objects: []string{vm.ID}, Locks: locks(lock("vm", vm.ID))}}
-	if err := d.disk(ctx, vms, len(vm.Spec.Disks), n); err != nil {
+	number, err := c.freeDisk(ctx, vm)
+	if err != nil {
+		return operation.Operation{}, err
+	}
+	if err := d.disk(ctx, vms, number, n); err != nil {
 		return operation.Operation{}, err
 	}
 	disk := d.disks[len(d.disks)-1]
@@ -104,6 +109,24 @@ func (c *Changes) AttachNIC(ctx context.Context, call Call, vmID string, n NewNI
 		d.step("vmm.plug_nic", "plug the NIC", "unplugged the NIC", vmNIC{vm.ID, nic})
 	}
 	return c.run(ctx, call, d.plan)
+}
+
+// freeDisk is the lowest number from the count of the VM's disks on whose made names are not taken: a volume
+// that was made for the VM and detached lives on under its name.
+func (c *Changes) freeDisk(ctx context.Context, vm vmm.VM) (int, error) {
+	all, err := c.svc.Storage.ListVolumes(ctx)
+	if err != nil {
+		return 0, err
+	}
+	taken := make(map[string]bool, len(all))
+	for _, v := range all {
+		taken[v.Name] = true
+	}
+	i := len(vm.Spec.Disks)
+	for taken[trimName(vm.Spec.Name+"-"+diskName(i))] || slices.ContainsFunc(vm.Spec.Disks, func(d vmm.Disk) bool { return d.Name == diskName(i) }) {
+		i++
+	}
+	return i, nil
 }
 
 // freeNIC is the lowest number from the count of the VM's NICs on whose made name is not taken: after a

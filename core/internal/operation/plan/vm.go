@@ -148,17 +148,20 @@ func (d *draft) disk(ctx context.Context, vms []vmm.VM, i int, n NewDisk) error 
 	return nil
 }
 
-// freeName is "root" for the first disk and "diskN" for others, not taken yet.
-func (d *draft) freeName(i int) string {
-	name := "root"
-	for n := i; ; n++ {
-		if n > 0 {
-			name = fmt.Sprintf("disk%d", n)
-		}
-		if !slices.ContainsFunc(d.disks, func(o vmm.Disk) bool { return o.Name == name }) {
-			return name
-		}
+// diskName is "root" for disk 0 and "diskN" for others.
+func diskName(i int) string {
+	if i == 0 {
+		return "root"
 	}
+	return fmt.Sprintf("disk%d", i)
+}
+
+// freeName is the made name of disk i, or of the next that is not taken by a name that was given.
+func (d *draft) freeName(i int) string {
+	for slices.ContainsFunc(d.disks, func(o vmm.Disk) bool { return o.Name == diskName(i) }) {
+		i++
+	}
+	return diskName(i)
 }
 
 // existing plans a disk on a volume that is there.

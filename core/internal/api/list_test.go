@@ -1,0 +1,272 @@
+package api
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/mvirt/mvirt/core/apiv1"
+	"github.com/mvirt/mvirt/core/internal/operation"
+	"github.com/mvirt/mvirt/sdk/errs"
+	"github.com/mvirt/mvirt/sdk/service"
+	"github.com/mvirt/mvirt/sdk/vmm"
+)
+
+func (c *core) list() map[string]*apiv1.VM {
+	c.t.Helper()
+	l, err := c.vms.List(c.ctx(), &apiv1.ListVMsRequest{})
+	c.ok(err)
+	out := map[string]*apiv1.VM{}
+	last := ""
+	for _, vm := range l.GetVms() {
+		if vm.GetName() <= last {
+			c.t.Errorf("%s stands behind %s", vm.GetName(), last)
+		}
+		last = vm.GetName()
+		out[vm.GetName()] = vm
+	}
+	return out
+}
+
+// TestListShowsOwnChanges lists right after each change, while the watch may lag behind.
+func TestListShowsOwnChanges(t *testing.T) {
+	c := newCore(t)
+	c.furnish()
+	for i := range 20 {
+		name := fmt.Sprintf("vm%02d", i)
+		c.createVM(name, true)
+		vm := c.list()[name]
+		if vm.GetState() != "running" || vm.GetDisks()[0].GetVolumeName() != name+"-root" || vm.GetNics()[0].GetIpv4() == "" {
+			t.Fatalf("after create: %v", vm)
+		}
+		_, err := c.vms.Pause(c.ctx(), &apiv1.RefRequest{Ref: name})
+		c.ok(err)
+		if s := c.list()[name].GetState(); s != "paused" {
+			t.Fatalf("after pause: %s", s)
+		}
+		_, err = c.volumes.Rename(c.ctx(), &apiv1.RenameRequest{Ref: name + "-root", Name: name + "-new"})
+		c.ok(err)
+		if n := c.list()[name].GetDisks()[0].GetVolumeName(); n != name+"-new" {
+			t.Fatalf("after rename: %s", n)
+		}
+		if i%2 == 0 {
+			_, err = c.vms.Delete(c.ctx(), &apiv1.DeleteRequest{Ref: name, Force: true})
+			c.ok(err)
+			if vm := c.list()[name]; vm != nil {
+				t.Fatalf("after delete: %v", vm)
+			}
+		}
+	}
+}
+
+// TestListNeedsNoCall sees that a list whose VMs have not changed asks no plugin, and one after a restart of
+// the vmm plugin asks it.
+func TestListNeedsNoCall(t *testing.T) {
+	c := newCore(t)
+	c.furnish()
+	c.createVM("web", false)
+	for c.list(); ; {
+		c.sup.w.Calls()
+		c.list()
+		if calls := c.sup.w.Calls(); len(calls) == 0 {
+			break // the first ones may come before the watch has begun
+		}
+		if t.Context().Err() != nil {
+			t.Fatal("each list asks")
+		}
+	}
+	c.srv.mirror.reset()
+	c.sup.w.Calls()
+	if c.list()["web"] == nil || !strings.Contains(strings.Join(c.sup.w.Calls(), " "), "vmm.List") {
+		t.Error("an invalid mirror is used")
+	}
+}
+
+func TestMirrorPrefersTheNewer(t *testing.T) {
+	m := &mirror{}
+	m.reset()
+	at := time.Now()
+	vm := func(gen uint64, since time.Duration, s vmm.State) vmm.VM {
+		return vmm.VM{ID: "1", Generation: gen, Since: at.Add(since), State: s, Spec: vmm.Spec{Name: "web"}}
+	}
+	m.event(vmm.Event{Type: vmm.EventSnapshot, VM: vm(1, 0, vmm.StateStopped)})
+	m.event(vmm.Event{Type: vmm.EventSnapshotEnd})
+	m.mark([]string{"1", "not a VM"})
+	get := func(_ context.Context, r vmm.Ref) (vmm.VM, error) {
+		if r.Ref != "1" {
+			return vmm.VM{}, errs.New(errs.NotFound, "no")
+		}
+		return vm(1, 2*time.Second, vmm.StateRunning), nil
+	}
+	if !m.settle(t.Context(), get) {
+		t.Fatal("not settled")
+	}
+	m.event(vmm.Event{Type: vmm.EventChanged, VM: vm(1, time.Second, vmm.StateStarting)}) // overtaken
+	state := func() string { l, _ := m.list(names{}); return l[0].GetState() }
+	if s := state(); s != "running" {
+		t.Errorf("an overtaken event counts: %s", s)
+	}
+	m.event(vmm.Event{Type: vmm.EventChanged, VM: vm(1, 3*time.Second, vmm.StatePaused)})
+	if s := state(); s != "paused" {
+		t.Errorf("a newer event does not count: %s", s)
+	}
+	m.mark([]string{"1"})
+	if m.settle(t.Context(), func(context.Context, vmm.Ref) (vmm.VM, error) { return vmm.VM{}, errs.New(errs.Unavailable, "away") }) {
+		t.Error("settled without an answer")
+	}
+	if m.event(vmm.Event{Type: vmm.EventLagged}); m.settle(t.Context(), get) {
+		t.Error("valid after a gap")
+	}
+}
+
+// BenchmarkMirror1000 is the core's own share of a list of 1,000 VMs.
+func BenchmarkMirror1000(b *testing.B) {
+	m := &mirror{}
+	m.reset()
+	look := names{version: 1}
+	for i := range 1000 {
+		m.event(vmm.Event{Type: vmm.EventSnapshot, VM: vmm.VM{ID: fmt.Sprintf("01900000-0000-7000-8000-%012d", i), Spec: vmm.Spec{Name: fmt.Sprintf("vm%d", i), CPUs: 1,
+			Disks: []vmm.Disk{{Name: "root", VolumeID: "v"}}, NICs: []vmm.NIC{{NICID: "n"}}}}})
+	}
+	m.event(vmm.Event{Type: vmm.EventSnapshotEnd})
+	for b.Loop() {
+		if l, ok := m.list(look); !ok || len(l) != 1000 {
+			b.Fatal(len(l))
+		}
+	}
+}
+
+// TestConflictAndKill starts a VM whose start hangs: a second change conflicts and names it, kill takes over.
+func TestConflictAndKill(t *testing.T) {
+	c := newCore(t)
+	c.furnish()
+	c.createVM("web", false)
+	gate, hang := c.sup.w.Gate, make(chan struct{})
+	var once sync.Once
+	began := make(chan struct{})
+	c.sup.w.Gate = func(ctx context.Context, call string, after bool) error {
+		if call == "vmm.Start" && !after {
+			select {
+			case <-hang:
+			default:
+				once.Do(func() { close(began) })
+				select {
+				case <-ctx.Done():
+					return ctx.Err()
+				case <-hang:
+				}
+			}
+		}
+		return gate(ctx, call, after)
+	}
+	done := make(chan error, 1)
+	go func() {
+		_, err := c.vms.Start(context.WithoutCancel(c.ctx()), &apiv1.StartVMRequest{Ref: "web"})
+		done <- err
+	}()
+	<-began
+	_, err := c.vms.Update(c.ctx(), &apiv1.UpdateVMRequest{Ref: "web", Autostart: ptr(true)})
+	ops, lerr := c.ops.List(c.ctx(), &apiv1.ListOperationsRequest{})
+	c.ok(lerr)
+	if len(ops.GetOperations()) != 1 || errs.KindOf(err) != errs.Conflict || !strings.Contains(err.Error(), ops.GetOperations()[0].GetId()) {
+		t.Fatalf("update while starting: %v; operations %v", err, ops)
+	}
+	if vm, err := c.vms.Get(c.ctx(), &apiv1.RefRequest{Ref: "web"}); err != nil || vm.GetOperation() != ops.GetOperations()[0].GetId() {
+		t.Errorf("show does not name the operation: %v %v", vm.GetOperation(), err)
+	}
+	_, err = c.vms.Kill(c.ctx(), &apiv1.RefRequest{Ref: "web"})
+	c.ok(err)
+	if err := <-done; errs.KindOf(err) != errs.Canceled || !strings.Contains(err.Error(), "kill VM web") {
+		t.Errorf("the start that was taken over: %v", err)
+	}
+	if strings.Contains(c.sup.w.String(), "attached") {
+		t.Errorf("left:\n%s", c.sup.w)
+	}
+	close(hang)
+	_, err = c.vms.Start(c.ctx(), &apiv1.StartVMRequest{Ref: "web"})
+	c.ok(err)
+}
+
+func ptr[T any](v T) *T { return &v }
+
+// deny refuses all changes.
+type deny struct{}
+
+func (deny) Allow(who operation.Who, method string, change bool) error {
+	if change {
+		return errs.New(errs.Denied, "%s may only look", who.Name).Do("ask an administrator")
+	}
+	return nil
+}
+
+func TestPolicy(t *testing.T) {
+	c := newCore(t)
+	c.furnish()
+	c.srv.policy = deny{}
+	if _, err := c.vms.Create(c.ctx(), &apiv1.CreateVMRequest{Name: "web"}); errs.KindOf(err) != errs.Denied {
+		t.Errorf("%v", err)
+	}
+	if s, err := c.templates.Import(c.ctx(), &apiv1.ImportTemplateRequest{Name: "x", Url: "http://example.org/"}); err == nil {
+		if _, err = s.Recv(); err == nil {
+			t.Error("a stream that changes something is let through")
+		}
+	}
+	c.list()
+	denied := 0
+	if err := c.srv.audit.Flush(c.ctx()); err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range c.sup.w.Entries() {
+		if e.Labels["outcome"] == "refused" && e.Labels["error"] == "denied" && e.Labels["who"] != "" && e.Labels["uid"] != "" {
+			denied++
+		}
+	}
+	if denied != 2 {
+		t.Errorf("%d denials in the audit trail", denied)
+	}
+}
+
+// TestHost sees that what plugins say is stamped with who said it.
+func TestHost(t *testing.T) {
+	c := newCore(t)
+	h := c.srv.HostFor(service.KindStorage)
+	id := "01900000-0000-7000-8000-000000000099"
+	for range 2 {
+		c.ok(h.Audit(c.ctx(), service.AuditRecord{ID: id, Message: "template swept", Objects: []string{"x"}, Labels: map[string]string{"who": "root"}}))
+	}
+	if err := h.Audit(c.ctx(), service.AuditRecord{ID: "no id", Message: "m"}); errs.KindOf(err) != errs.Invalid {
+		t.Errorf("%v", err)
+	}
+	c.ok(c.srv.audit.Flush(c.ctx()))
+	n := 0
+	for _, e := range c.sup.w.Entries() {
+		if e.Message == "template swept" {
+			n++
+			if e.Component != "fake-storage" || e.Labels["who"] != "plugin storage" {
+				t.Errorf("%+v", e)
+			}
+		}
+	}
+	if n != 1 {
+		t.Errorf("%d entries", n)
+	}
+}
+
+func TestPanicInAHandler(t *testing.T) {
+	c := newCore(t)
+	gate := c.sup.w.Gate
+	c.sup.w.Gate = func(ctx context.Context, call string, after bool) error {
+		if call == "net.ListNetworks" {
+			panic("boom")
+		}
+		return gate(ctx, call, after)
+	}
+	_, err := c.networks.List(c.ctx(), &apiv1.ListNetworksRequest{})
+	if errs.KindOf(err) != errs.Internal || strings.Contains(err.Error(), "boom") {
+		t.Errorf("%v", err)
+	}
+	c.list()
+}
