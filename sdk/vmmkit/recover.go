@@ -317,7 +317,7 @@ func (m *Manager) findStrays() []*machine {
 	for _, s := range socks {
 		id := filepath.Base(filepath.Dir(s))
 		v := m.byID[id]
-		if seen[id] || ident.CheckID("id", id) != nil || v != nil && v.run != nil {
+		if seen[id] || ident.CheckID("id", id) != nil || v != nil && v.now().PID != 0 {
 			continue
 		}
 		seen[id] = true

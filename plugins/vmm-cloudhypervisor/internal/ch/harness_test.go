@@ -62,15 +62,16 @@ func (quietHost) Audit(context.Context, service.AuditRecord) error { return nil 
 func (quietHost) Publish(context.Context, service.Event) error     { return nil }
 
 type rig struct {
-	t   *testing.T
-	dir string
-	m   *vmmkit.Manager
+	t     *testing.T
+	dir   string
+	m     *vmmkit.Manager
+	limit time.Duration
 }
 
 // newRig makes a plugin on a directory: bin holds the double, the rest is the plugin's.
 func newRig(t *testing.T) *rig {
 	t.Helper()
-	r := &rig{t: t, dir: t.TempDir()}
+	r := &rig{t: t, dir: t.TempDir(), limit: limit}
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -163,7 +164,7 @@ func (r *rig) start(id string) vmm.VM {
 
 func (r *rig) await(id, what string, cond func(vmm.Event) bool) vmm.VM {
 	r.t.Helper()
-	ctx, cancel := context.WithTimeout(r.t.Context(), limit)
+	ctx, cancel := context.WithTimeout(r.t.Context(), r.limit)
 	defer cancel()
 	found := errors.New("found")
 	var vm vmm.VM
@@ -193,34 +194,38 @@ type screen struct {
 	end  chan error
 	stop func()
 
+	limit time.Duration
+
 	mu   sync.Mutex // guards what follows
 	got  bytes.Buffer
 	seen int
 }
 
 func (r *rig) console(id string) *screen {
-	s := &screen{t: r.t, in: make(chan []byte), news: make(chan struct{}, 1), end: make(chan error, 1)}
+	s := &screen{t: r.t, in: make(chan []byte), news: make(chan struct{}, 1), end: make(chan error, 1), limit: r.limit}
 	ctx, cancel := context.WithCancel(r.t.Context())
 	s.stop = cancel
 	go func() {
-		s.end <- r.m.Console(ctx, vmm.ConsoleRequest{Ref: id, Replay: 1 << 20, Steal: true}, vmm.ConsoleIO{In: s.in, Out: func(b []byte) error {
-			s.mu.Lock()
-			s.got.Write(b)
-			s.mu.Unlock()
-			select {
-			case s.news <- struct{}{}:
-			default:
-			}
-			return nil
-		}})
+		s.end <- r.m.Console(ctx, vmm.ConsoleRequest{Ref: id, Replay: 1 << 20, Steal: true}, vmm.ConsoleIO{In: s.in, Out: s.out})
 	}()
 	r.t.Cleanup(cancel)
 	return s
 }
 
+func (s *screen) out(b []byte) error {
+	s.mu.Lock()
+	s.got.Write(b)
+	s.mu.Unlock()
+	select {
+	case s.news <- struct{}{}:
+	default:
+	}
+	return nil
+}
+
 func (s *screen) until(want string) {
 	s.t.Helper()
-	deadline := time.After(limit)
+	deadline := time.After(s.limit)
 	for {
 		s.mu.Lock()
 		rest := s.got.String()[s.seen:]
@@ -244,7 +249,7 @@ func (s *screen) send(text string) {
 	s.t.Helper()
 	select {
 	case s.in <- []byte(text):
-	case <-time.After(limit):
+	case <-time.After(s.limit):
 		s.t.Fatal("nobody takes what is typed")
 	}
 }

@@ -8,17 +8,16 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"testing"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/mvirt/mvirt/sdk/errs"
 	"github.com/mvirt/mvirt/sdk/ident"
 	"github.com/mvirt/mvirt/sdk/vmm"
+	"github.com/mvirt/mvirt/test/guest"
 )
 
 // disk makes a volume.
@@ -38,91 +37,21 @@ func (r *rig) disk(name string, size int64) (vmm.Disk, vmm.DiskAttachment) {
 	return vmm.Disk{Name: name, VolumeID: id}, vmm.DiskAttachment{Name: name, VolumeID: id, Path: path, Format: "raw", SizeBytes: uint64(size)}
 }
 
-// tap is a TAP in a network namespace that only its descriptors keep alive, and a socket that sees what the
-// guest sends on it.
-type tap struct {
-	queues []*os.File
-	wire   *os.File
-}
+// tap is a TAP, and a socket that sees what the guest sends on it.
+type tap struct{ guest.TAP }
 
 func newTAP(t *testing.T, queues int) tap {
 	t.Helper()
-	type result struct {
-		tap tap
-		err error
-	}
-	ch := make(chan result)
-	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends with its namespace
-		tp, err := tapHere(queues)
-		ch <- result{tp, err}
-	}()
-	r := <-ch
-	if errors.Is(r.err, unix.EPERM) {
+	tp, err := guest.NewTAP(queues)
+	if errors.Is(err, unix.EPERM) {
 		t.Skip("making a TAP needs root")
 	}
-	if r.err != nil {
-		t.Fatal(r.err)
+	if err != nil {
+		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		for _, f := range append(r.tap.queues, r.tap.wire) {
-			f.Close()
-		}
-	})
-	return r.tap
+	t.Cleanup(tp.Close)
+	return tap{tp}
 }
-
-func tapHere(queues int) (tap, error) {
-	var tp tap
-	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-		return tp, err
-	}
-	const name = "tap0"
-	var req struct {
-		name  [16]byte
-		flags uint16
-		_     [22]byte
-	}
-	copy(req.name[:], name)
-	req.flags = unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR
-	if queues > 1 {
-		req.flags |= unix.IFF_MULTI_QUEUE
-	}
-	for range queues {
-		fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
-		if err != nil {
-			return tp, err
-		}
-		if _, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.TUNSETIFF, uintptr(unsafe.Pointer(&req))); e != 0 {
-			return tp, e
-		}
-		hdr := int32(12)
-		if _, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.TUNSETVNETHDRSZ, uintptr(unsafe.Pointer(&hdr))); e != 0 {
-			return tp, e
-		}
-		tp.queues = append(tp.queues, os.NewFile(uintptr(fd), name))
-	}
-	s, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, int(htons(unix.ETH_P_ALL)))
-	if err != nil {
-		return tp, err
-	}
-	tp.wire = os.NewFile(uintptr(s), "wire")
-	ifr, err := unix.NewIfreq(name)
-	if err != nil {
-		return tp, err
-	}
-	ifr.SetUint16(unix.IFF_UP)
-	if err := unix.IoctlIfreq(s, unix.SIOCSIFFLAGS, ifr); err != nil {
-		return tp, err
-	}
-	ifi, err := net.InterfaceByName(name)
-	if err != nil {
-		return tp, err
-	}
-	return tp, unix.Bind(s, &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_ALL), Ifindex: ifi.Index})
-}
-
-func htons(v uint16) uint16 { return v<<8 | v>>8 }
 
 // sees waits for a frame from a MAC.
 func (tp tap) sees(t *testing.T, mac string) {
@@ -131,12 +60,12 @@ func (tp tap) sees(t *testing.T, mac string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := tp.wire.SetReadDeadline(time.Now().Add(limit)); err != nil {
+	if err := tp.Wire.SetReadDeadline(time.Now().Add(limit)); err != nil {
 		t.Fatal(err)
 	}
 	buf := make([]byte, 2048)
 	for {
-		n, err := tp.wire.Read(buf)
+		n, err := tp.Wire.Read(buf)
 		if err != nil {
 			t.Fatalf("no frame from %s: %v", mac, err)
 		}
@@ -160,7 +89,7 @@ func TestDevices(t *testing.T) {
 		req.Spec.CloudInit.UserData = "#!/bin/sh\necho user-data of $(hostname)\n"
 	})
 	start := vmm.StartRequest{Disks: []vmm.DiskAttachment{root, data},
-		NICs: []vmm.NICAttachment{{NICID: nic.NICID, MAC: nic.MAC, MTU: 1400, Queues: 2, TAP: tap1.queues}}}
+		NICs: []vmm.NICAttachment{{NICID: nic.NICID, MAC: nic.MAC, MTU: 1400, Queues: 2, TAP: tap1.Queues}}}
 	vm = r.start(vm.ID, start)
 	c := r.console(vm.ID, vmm.ConsoleRequest{Replay: 1 << 20})
 	c.until("mvirt-guest: cidata on /dev/vdc")
@@ -248,7 +177,7 @@ func TestHotplug(t *testing.T) {
 	}
 
 	tp := newTAP(t, 1)
-	nic := vmm.NICAttachment{NICID: ident.New(), MAC: "52:54:00:aa:00:02", TAP: tp.queues, Queues: 1}
+	nic := vmm.NICAttachment{NICID: ident.New(), MAC: "52:54:00:aa:00:02", TAP: tp.Queues, Queues: 1}
 	if err := r.m.PlugNIC(t.Context(), vmm.PlugNICRequest{ID: vm.ID, NIC: nic}); err != nil {
 		t.Fatal(err)
 	}
