@@ -4,13 +4,15 @@ import (
 	"context"
 	"errors"
 	"os"
-	"slices"
+	"path/filepath"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/mvirt/mvirt/plugins/net-tap/internal/hostnet"
 	"github.com/mvirt/mvirt/plugins/net-tap/internal/store"
+	"github.com/mvirt/mvirt/plugins/net-tap/internal/vhost"
 	"github.com/mvirt/mvirt/plugins/net-tap/internal/wctl"
+	"github.com/mvirt/mvirt/plugins/net-tap/internal/wire"
 	"github.com/mvirt/mvirt/sdk/errs"
 	"github.com/mvirt/mvirt/sdk/net"
 )
@@ -28,11 +30,18 @@ func (s *Service) Attach(_ context.Context, req net.AttachRequest) (net.Attachme
 	if req.Queues > maxQueues {
 		return net.Attachment{}, errs.Field("queues", "ask for at most 16", "%d queue pairs are too many", req.Queues)
 	}
-	if !slices.Contains(req.Modes, net.AttachTAPFD) {
-		return net.Attachment{}, errs.New(errs.Unsupported, "none of the attach modes asked for is possible").
-			Do("use a hypervisor driver that takes TAP descriptors")
+	mode := net.AttachMode(0)
+	for _, m := range req.Modes {
+		if m == net.AttachTAPFD || m == net.AttachVhostUser {
+			mode = m
+			break
+		}
 	}
-	if s.priv != nil {
+	if mode == 0 {
+		return net.Attachment{}, errs.New(errs.Unsupported, "none of the attach modes asked for is possible").
+			Do("use a hypervisor driver that takes vhost-user sockets or TAP descriptors")
+	}
+	if mode == net.AttachTAPFD && s.priv != nil {
 		return net.Attachment{}, s.priv
 	}
 	s.mu.Lock()
@@ -47,11 +56,11 @@ func (s *Service) Attach(_ context.Context, req net.AttachRequest) (net.Attachme
 	}
 	rt.mu.Lock()
 	defer rt.mu.Unlock()
-	return s.attachTAP(rt, rec.ID, &req)
+	return s.attach(rt, rec.ID, mode, &req)
 }
 
-// attachTAP attaches with rt.mu held.
-func (s *Service) attachTAP(rt *runtime, id string, req *net.AttachRequest) (net.Attachment, error) {
+// attach attaches with rt.mu held.
+func (s *Service) attach(rt *runtime, id string, mode net.AttachMode, req *net.AttachRequest) (net.Attachment, error) {
 	s.mu.Lock()
 	rec, n := s.data.NICs[id], s.data.Networks[rt.id]
 	if rec == nil || n == nil {
@@ -65,19 +74,20 @@ func (s *Service) attachTAP(rt *runtime, id string, req *net.AttachRequest) (net
 			Because("NIC_IN_USE").Do("stop that VM or detach the NIC first")
 	}
 	next := *rec
-	next.Attach = &store.Attach{VMID: req.Owner.VMID, UID: req.Owner.UID, GID: req.Owner.GID, Mode: net.AttachTAPFD, Queues: req.Queues}
-	replace := !fresh && rec.Attach.Queues != req.Queues
+	next.Attach = &store.Attach{VMID: req.Owner.VMID, UID: req.Owner.UID, GID: req.Owner.GID, Mode: mode, Queues: req.Queues}
+	replace := !fresh && *rec.Attach != *next.Attach
 	// Recorded before it is made: a crash in between is finished at the next start, and undone by Detach.
 	err := s.commitLocked(func() { s.data.NICs[id] = &next }, store.PutNIC(&next))
 	s.mu.Unlock()
 	if err != nil {
 		return net.Attachment{}, err
 	}
-	if replace { // another number of queues is another device
-		rt.dropTAP(&next)
+	if replace { // another kind, owner or number of queues is another device
+		rt.dropPath(rec)
 	}
-	queues, err := rt.tap(&next, &n.Request)
-	if err == nil {
+	if mode == net.AttachVhostUser {
+		err = rt.vhost(&next, &n.Request)
+	} else if _, err = rt.tap(&next, &n.Request); err == nil {
 		err = rt.connect(&next)
 	}
 	if err != nil {
@@ -86,8 +96,12 @@ func (s *Service) attachTAP(rt *runtime, id string, req *net.AttachRequest) (net
 		}
 		return net.Attachment{}, &errs.Error{Op: "net.Attach", Resource: resNIC(rec), Kind: errs.KindOf(err), Err: err}
 	}
-	att := net.Attachment{Mode: net.AttachTAPFD, MAC: rec.MAC, MTU: n.Request.MTU, Queues: req.Queues}
-	for _, q := range queues {
+	att := net.Attachment{Mode: mode, MAC: rec.MAC, MTU: n.Request.MTU, Queues: req.Queues}
+	if mode == net.AttachVhostUser {
+		att.SocketPath = s.vhostPath(id)
+		return att, nil
+	}
+	for _, q := range rt.taps[id] {
 		fd, err := unix.FcntlInt(q.Fd(), unix.F_DUPFD_CLOEXEC, 3)
 		if err != nil {
 			for _, f := range att.TAP {
@@ -123,7 +137,7 @@ func (s *Service) Detach(_ context.Context, req net.DetachRequest) error {
 
 // unattach takes a data path down and forgets it, with rt.mu held.
 func (s *Service) unattach(rt *runtime, rec *nicRec) error {
-	rt.dropTAP(rec)
+	rt.dropPath(rec)
 	next := *rec
 	next.Attach = nil
 	s.mu.Lock()
@@ -172,10 +186,65 @@ func (rt *runtime) connect(rec *nicRec) error {
 	return rt.call(wctl.Request{Op: wctl.OpAttachTAP, ID: rec.ID, Sockets: 1}, fds...)
 }
 
-// dropTAP takes a NIC's data path down: the worker's side first, then the device.
-func (rt *runtime) dropTAP(rec *nicRec) {
+// vhostPath is where a NIC's vhost-user socket is.
+func (s *Service) vhostPath(id string) string { return filepath.Join(s.cfg.SocketDir, id+".sock") }
+
+// vhost makes a NIC's vhost-user socket and gives it to the worker. One that there is stays: the front-end
+// that is connected to it notices nothing.
+func (rt *runtime) vhost(rec *nicRec, n *net.CreateNetworkRequest) error {
+	path := rt.s.vhostPath(rec.ID)
+	if rt.listeners[rec.ID] != nil && exists(path) {
+		return nil
+	}
+	fd, err := wctl.ListenStream(path, int(rec.Attach.UID), int(rec.Attach.GID))
+	if errors.Is(err, os.ErrPermission) {
+		return errs.Wrap(errs.Denied, err, "make the socket %s for user %d", path, rec.Attach.UID)
+	}
+	if err != nil {
+		return errs.Wrap(errs.Internal, err, "make the socket %s", path)
+	}
+	rt.closeListener(rec.ID)
+	rt.listeners[rec.ID] = os.NewFile(uintptr(fd), path)
+	return rt.connectVhost(rec, n)
+}
+
+// connectVhost gives the worker a NIC's listening socket.
+func (rt *runtime) connectVhost(rec *nicRec, n *net.CreateNetworkRequest) error {
+	m, _ := wire.ParseMAC(rec.MAC)
+	cfg := &vhost.Config{MTU: int(n.MTU), Pairs: int(max(rec.Attach.Queues, 1))}
+	m.Put(cfg.MAC[:])
+	return rt.call(wctl.Request{Op: wctl.OpAttachVhost, ID: rec.ID, Vhost: cfg}, rawFD(rt.listeners[rec.ID]))
+}
+
+// rawFD is a file's descriptor, which stays non-blocking (File.Fd would make it block, for everybody who
+// has it).
+func rawFD(f *os.File) int {
+	fd := -1
+	c, err := f.SyscallConn()
+	if err == nil {
+		_ = c.Control(func(p uintptr) { fd = int(p) })
+	}
+	return fd
+}
+
+func (rt *runtime) closeListener(id string) {
+	if f := rt.listeners[id]; f != nil {
+		f.Close()
+		delete(rt.listeners, id)
+	}
+}
+
+// dropPath takes a NIC's data path down: the worker's side first, then the device or the socket.
+func (rt *runtime) dropPath(rec *nicRec) {
 	rt.push(wctl.Request{Op: wctl.OpDetach, ID: rec.ID})
 	rt.closeTAP(rec.ID)
+	if rec.Attach != nil && rec.Attach.Mode == net.AttachVhostUser {
+		rt.closeListener(rec.ID)
+		if err := os.Remove(rt.s.vhostPath(rec.ID)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			rt.s.log.Error("remove a socket", "nic", rec.Name, "error", err)
+		}
+		return
+	}
 	if rt.ns != nil {
 		if err := rt.ns.DeleteLink(rec.IfName); err != nil {
 			rt.s.log.Error("delete a TAP", "nic", rec.Name, "interface", rec.IfName, "error", err)
@@ -188,4 +257,9 @@ func (rt *runtime) closeTAP(id string) {
 		q.Close()
 	}
 	delete(rt.taps, id)
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/mvirt/mvirt/plugins/net-tap/internal/store"
 	"github.com/mvirt/mvirt/plugins/net-tap/internal/wctl"
 	"github.com/mvirt/mvirt/sdk/errs"
+	"github.com/mvirt/mvirt/sdk/ident"
 	"github.com/mvirt/mvirt/sdk/net"
 	"github.com/mvirt/mvirt/sdk/service"
 )
@@ -183,6 +184,7 @@ func (s *Service) sweep() error {
 			all = append(all, os.Remove(path))
 		}
 	}
+	all = append(all, s.sweepSockets())
 	if s.priv != nil {
 		return errors.Join(all...)
 	}
@@ -203,6 +205,25 @@ func (s *Service) sweep() error {
 		}
 	}
 	return errors.Join(append(all, s.applyHost())...)
+}
+
+// sweepSockets removes sockets of NICs that are not attached by one.
+func (s *Service) sweepSockets() error {
+	ents, err := os.ReadDir(s.cfg.SocketDir)
+	all := []error{err}
+	for _, e := range ents {
+		id, ok := strings.CutSuffix(strings.TrimSuffix(e.Name(), ".new"), ".sock")
+		if !ok || ident.CheckID("id", id) != nil {
+			continue // somebody else's
+		}
+		s.mu.Lock()
+		n := s.data.NICs[id]
+		s.mu.Unlock()
+		if n == nil || n.Attach == nil || n.Attach.Mode != net.AttachVhostUser || strings.HasSuffix(e.Name(), ".new") {
+			all = append(all, os.Remove(filepath.Join(s.cfg.SocketDir, e.Name())))
+		}
+	}
+	return errors.Join(all...)
 }
 
 // tick looks over the host's state until the service stops: others reload firewalls and delete links.

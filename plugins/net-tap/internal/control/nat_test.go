@@ -2,7 +2,6 @@ package control
 
 import (
 	"net/netip"
-	"os"
 	"strings"
 	"testing"
 	"time"
@@ -199,9 +198,4 @@ ip -6 route add default via 2001:db8::1`)
 	}
 	r.reopen()
 	ping6(t, a, "2001:db8::1")
-}
-
-func exists(path string) bool {
-	_, err := os.Stat(path)
-	return err == nil
 }

@@ -210,6 +210,8 @@ func fillStatus(nic *net.NIC, st *wctl.NICStatus, err error) {
 		}
 	case st.Trouble != "":
 		nic.State, nic.StateReason = net.StateError, st.Trouble
+	case st.Waiting:
+		nic.State, nic.StateReason = net.StateCreated, "attached; the hypervisor's driver is not connected yet"
 	case st.Declined:
 		nic.State, nic.StateReason = net.StateError, "the guest refused its address by DHCPDECLINE: it believes that another machine has it"
 	}

@@ -183,7 +183,7 @@ func TestHostReboots(t *testing.T) {
 		t.Fatal(err)
 	}
 	mustSh(t, `for n in $(ls /run/netns); do umount /run/netns/$n; done; touch /run/netns/%s`, "mvirt-"+n.ID[24:])
-	mustSh(t, "for l in $(ip -br link | grep -o '^mvh[^@]*'); do ip link del $l; done; nft flush ruleset; rm -rf %s/sock", r.dir)
+	mustSh(t, "for l in $(ip -br link | grep -o '^mvh[^@]*'); do ip link del $l || true; done; nft flush ruleset; rm -rf %s/sock", r.dir)
 	r.open()
 	g = r.guest(nic) // the VM's owner attaches again when it starts the VM
 	if err := g.Up(5 * time.Second); err != nil {

@@ -30,17 +30,18 @@ type runtime struct {
 	client atomic.Pointer[wctl.Client]
 	kicked chan struct{} // wakes keep
 
-	mu     sync.Mutex
-	ns     *hostnet.NS
-	taps   map[string][]*os.File // queues of attached NICs, kept to be given again
-	gone   bool                  // deleted, or the service stops
-	flows  *os.File              // the flow table, which outlives a worker
-	deaths []time.Time           // of the worker, the recent ones
+	mu        sync.Mutex
+	ns        *hostnet.NS
+	taps      map[string][]*os.File // queues of attached NICs, kept to be given again
+	listeners map[string]*os.File   // vhost-user sockets of attached NICs, kept for the next worker
+	gone      bool                  // deleted, or the service stops
+	flows     *os.File              // the flow table, which outlives a worker
+	deaths    []time.Time           // of the worker, the recent ones
 }
 
 // newRuntime makes a network's runtime and starts what keeps it.
 func (s *Service) newRuntime(id string) *runtime {
-	rt := &runtime{s: s, id: id, taps: map[string][]*os.File{}, kicked: make(chan struct{}, 1)}
+	rt := &runtime{s: s, id: id, taps: map[string][]*os.File{}, listeners: map[string]*os.File{}, kicked: make(chan struct{}, 1)}
 	s.wg.Add(1)
 	go rt.keep()
 	return rt
@@ -219,18 +220,36 @@ func (rt *runtime) hostRoute(u hostnet.Uplink) error {
 
 // ensureAttached makes an attached NIC's data path whole. live says that the worker has its port.
 func (rt *runtime) ensureAttached(n *nicRec, r *net.CreateNetworkRequest, live bool) error {
+	if n.Attach.Mode == net.AttachVhostUser {
+		switch {
+		case !exists(rt.s.vhostPath(n.ID)): // a reboot, or somebody removed it
+			rt.closeListener(n.ID)
+			return rt.vhost(n, r)
+		case live && rt.listeners[n.ID] == nil: // an earlier control plane made it
+			return rt.fetch(n.ID, func(fds []int) {
+				if len(fds) == 1 {
+					rt.listeners[n.ID] = os.NewFile(uintptr(fds[0]), rt.s.vhostPath(n.ID))
+					return
+				}
+				wctl.CloseAll(fds)
+			})
+		case live:
+			return nil
+		case rt.listeners[n.ID] == nil: // nobody has it any more
+			return rt.vhost(n, r)
+		}
+		return rt.connectVhost(n, r)
+	}
 	if err := rt.ensureNS(); err != nil {
 		return err
 	}
 	if live && rt.ns.HasLink(n.IfName) {
 		if len(rt.taps[n.ID]) == 0 { // an earlier control plane opened them: the worker kept them for us
-			_, fds, err := rt.ask(wctl.Request{Op: wctl.OpTAPFDs, ID: n.ID})
-			if err != nil {
-				return err
-			}
-			for _, fd := range fds {
-				rt.taps[n.ID] = append(rt.taps[n.ID], os.NewFile(uintptr(fd), "/dev/net/tun"))
-			}
+			return rt.fetch(n.ID, func(fds []int) {
+				for _, fd := range fds {
+					rt.taps[n.ID] = append(rt.taps[n.ID], os.NewFile(uintptr(fd), "/dev/net/tun"))
+				}
+			})
 		}
 		return nil
 	}
@@ -245,6 +264,15 @@ func (rt *runtime) ensureAttached(n *nicRec, r *net.CreateNetworkRequest, live b
 	return rt.connect(n)
 }
 
+// fetch gets the descriptors that the worker keeps for a NIC.
+func (rt *runtime) fetch(id string, use func(fds []int)) error {
+	_, fds, err := rt.ask(wctl.Request{Op: wctl.OpFDs, ID: id})
+	if err == nil {
+		use(fds)
+	}
+	return err
+}
+
 // sweepTAPs removes TAPs of ours that no record asks for.
 func (rt *runtime) sweepTAPs(nics []*nicRec) error {
 	if rt.ns == nil {
@@ -256,7 +284,7 @@ func (rt *runtime) sweepTAPs(nics []*nicRec) error {
 	}
 	want := map[string]bool{}
 	for _, n := range nics {
-		want[n.IfName] = n.Attach != nil
+		want[n.IfName] = n.Attach != nil && n.Attach.Mode == net.AttachTAPFD
 	}
 	for _, t := range taps {
 		if !want[t] {
@@ -339,6 +367,9 @@ func (rt *runtime) letGo() {
 	}
 	for id := range rt.taps {
 		rt.closeTAP(id)
+	}
+	for id := range rt.listeners {
+		rt.closeListener(id)
 	}
 	if rt.flows != nil {
 		rt.flows.Close()

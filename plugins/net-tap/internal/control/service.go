@@ -81,12 +81,16 @@ type Service struct {
 type condKey struct{ code, object string }
 
 var (
-	_ net.Service = (*Service)(nil)
-	_ net.IPv6er  = (*Service)(nil)
+	_ net.Service     = (*Service)(nil)
+	_ net.IPv6er      = (*Service)(nil)
+	_ net.VhostUserer = (*Service)(nil)
 )
 
 // SupportsIPv6 implements net.IPv6er.
 func (*Service) SupportsIPv6() {}
+
+// SupportsVhostUser implements net.VhostUserer.
+func (*Service) SupportsVhostUser() {}
 
 // Open reads the metadata and brings back all that it says. It fails only if the metadata cannot be used;
 // trouble with the kernel or a network is a condition.

@@ -62,7 +62,41 @@ type Packet struct {
 	Len  int      // of Head and Tail together
 	Offload
 	info wire.Info
-	tail [4][]byte // room for Tail
+	tail [maxTail][]byte // room for Tail
+}
+
+// maxTail is how many parts a packet may have behind its head: Linux sends at most 18, and a few more come
+// from parts that cross the border of a memory region.
+const maxTail = 24
+
+// MaxLen is the longest packet: an offloaded one of 64 KiB behind its Ethernet header.
+const MaxLen = 65535 + wire.EthLen
+
+// Begin makes the packet empty, for a port that adds parts.
+func (p *Packet) Begin() { p.Head, p.Tail, p.Len = nil, p.tail[:0], 0 }
+
+// AddTail adds a part behind the head; false if there are too many, or too many bytes.
+func (p *Packet) AddTail(b []byte) bool {
+	if len(p.Tail) == maxTail || p.Len+len(b) > MaxLen {
+		return false
+	}
+	p.Tail = append(p.Tail, b)
+	p.Len += len(b)
+	return true
+}
+
+// Finish sets the head, which is private, and what is to be done to the packet.
+func (p *Packet) Finish(head []byte, o Offload) { p.Head, p.Len, p.Offload = head, p.Len+len(head), o }
+
+// Hash spreads flows over queues.
+func (p *Packet) Hash() uint32 {
+	in := &p.info
+	h := uint32(in.SrcPort)<<16 | uint32(in.DstPort)
+	if len(p.Head) >= wire.EthLen+20 {
+		h ^= uint32(wire.GetIP4(p.Head[wire.EthLen+12:])) ^ uint32(wire.GetIP4(p.Head[wire.EthLen+16:]))
+	}
+	h *= 2654435761
+	return h >> 16
 }
 
 // Set makes the packet hold one contiguous frame.
@@ -164,4 +198,17 @@ type NICConfig struct {
 type Counters struct {
 	RxPackets, RxBytes, RxDropped            uint64
 	TxPackets, TxBytes, TxDropped, TxSpoofed uint64
+}
+
+// Reparse finds the headers again in a packet that the engine made or let through before, and that a port
+// kept as bytes.
+func (p *Packet) Reparse() {
+	if len(p.Head) < wire.EthLen {
+		return
+	}
+	if wire.Be16(p.Head[12:]) == wire.TypeIPv6 {
+		wire.ParseIPv6(p.Head, p.Len, &p.info)
+	} else {
+		wire.ParseIPv4(p.Head, p.Len, &p.info)
+	}
 }

@@ -282,7 +282,9 @@ const (
 	tcpFIN = 1
 	tcpSYN = 2
 	tcpRST = 4
+	tcpPSH = 8
 	tcpACK = 16
+	tcpCWR = 128
 )
 
 // note follows a flow's state.

@@ -251,6 +251,22 @@ func (r *Router) SetPort(id string, p Port) (old Port, ok bool) {
 	return old, true
 }
 
+// Port is a NIC's port, or nil.
+func (r *Router) Port(id string) Port {
+	if nic := r.nics[id]; nic != nil {
+		return nic.port
+	}
+	return nil
+}
+
+// Restart forgets what a NIC's guest was told: another driver is at the other end.
+func (r *Router) Restart(id string) {
+	if nic := r.nics[id]; nic != nil {
+		nic.leased, nic.decline = false, false
+		nic.nextRA, nic.sentRA = 0, 0
+	}
+}
+
 // SetUplink gives the router its uplink, nil for none, and returns the one it had.
 func (r *Router) SetUplink(p Port) (old Port) {
 	old, r.uplink.port = r.uplink.port, p

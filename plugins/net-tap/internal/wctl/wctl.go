@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/mvirt/mvirt/plugins/net-tap/internal/engine"
+	"github.com/mvirt/mvirt/plugins/net-tap/internal/vhost"
 )
 
 // Version changes when an older worker can no longer be spoken to: it is then replaced.
@@ -42,8 +43,9 @@ const (
 	OpNIC         Op = "nic"          // NIC is added or changed
 	OpDeleteNIC   Op = "delete-nic"   // ID and its port go
 	OpAttachTAP   Op = "attach-tap"   // ID gets a port; descriptors: Sockets packet sockets, then TAP queues to keep
+	OpAttachVhost Op = "attach-vhost" // ID gets a vhost-user port; one descriptor: the listening socket
 	OpDetach      Op = "detach"       // ID loses its port
-	OpTAPFDs      Op = "tap-fds"      // the TAP queues kept for ID come back with the reply
+	OpFDs         Op = "fds"          // what was kept for ID comes back: TAP queues, or the listening socket
 	OpGroup       Op = "group"        // Group is added or changed
 	OpDeleteGroup Op = "delete-group" // ID goes
 	OpFlows       Op = "flows"        // one descriptor: a memfd for the flow table; without: the one there is comes back
@@ -61,6 +63,7 @@ type Request struct {
 	NIC     *engine.NICConfig `json:",omitempty"`
 	Group   *engine.Group     `json:",omitempty"`
 	Sockets int               `json:",omitempty"`
+	Vhost   *vhost.Config     `json:",omitempty"`
 }
 
 // Reply is what the worker sends.
@@ -87,6 +90,7 @@ type Hello struct {
 type NICStatus struct {
 	ID      string
 	Trouble string `json:",omitempty"` // why its port does not work
+	Waiting bool   `json:",omitempty"` // its port has no driver at the other end
 	engine.Status
 }
 

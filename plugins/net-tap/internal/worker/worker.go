@@ -74,7 +74,7 @@ type server struct {
 	conn int // the current connection, or -1
 
 	busy  sync.Mutex       // one request at a time; guards what follows
-	taps  map[string][]int // TAP queues kept for the control plane
+	kept  map[string][]int // TAP queues or listening sockets of NICs, kept for the control plane
 	up    bool
 	flows int // memfd of the flow table, or -1
 }
@@ -83,7 +83,7 @@ func serve(network string, uid int, sandbox string) error {
 	if err := unix.Listen(controlFD, 4); err != nil {
 		return fmt.Errorf("listen: %w", err)
 	}
-	s := &server{network: network, uid: uid, sandbox: sandbox, conn: -1, flows: -1, taps: map[string][]int{}}
+	s := &server{network: network, uid: uid, sandbox: sandbox, conn: -1, flows: -1, kept: map[string][]int{}}
 	l, err := newLoop(s.event)
 	if err != nil {
 		return err
@@ -196,23 +196,40 @@ func (s *server) handle(req *wctl.Request, fds []int, rep *wctl.Reply) (give []i
 			s.loop.detach(req.ID)
 			s.loop.router.DeleteNIC(req.ID)
 		})
-		s.dropTAPs(req.ID)
+		s.dropKept(req.ID)
 	case wctl.OpAttachTAP:
 		if req.Sockets != 1 || len(fds) < 1 {
 			return nil, fmt.Errorf("%d sockets and %d descriptors, want one socket", req.Sockets, len(fds))
 		}
 		left = nil
-		s.dropTAPs(req.ID)
-		s.taps[req.ID] = fds[1:]
+		s.dropKept(req.ID)
+		s.kept[req.ID] = fds[1:]
 		s.loop.do(func() { err = s.loop.attach(req.ID, port.NewSocket(fds[0], s.loop.bufs)) })
 		if err != nil {
-			s.dropTAPs(req.ID)
+			s.dropKept(req.ID)
 		}
+	case wctl.OpAttachVhost:
+		if len(fds) != 1 || req.Vhost == nil {
+			return nil, fmt.Errorf("%d descriptors, want the listening socket", len(fds))
+		}
+		left = nil
+		s.dropKept(req.ID)
+		keep, err := unix.FcntlInt(uintptr(fds[0]), unix.F_DUPFD_CLOEXEC, 3)
+		if err != nil {
+			unix.Close(fds[0])
+			return nil, err
+		}
+		s.kept[req.ID] = []int{keep}
+		s.loop.do(func() { err = s.loop.attachVhost(req.ID, fds[0], *req.Vhost) })
+		if err != nil {
+			s.dropKept(req.ID)
+		}
+		return nil, err
 	case wctl.OpDetach:
 		s.loop.do(func() { s.loop.detach(req.ID) })
-		s.dropTAPs(req.ID)
-	case wctl.OpTAPFDs:
-		give = s.taps[req.ID]
+		s.dropKept(req.ID)
+	case wctl.OpFDs:
+		give = s.kept[req.ID]
 	case wctl.OpGroup:
 		if req.Group == nil {
 			return nil, fmt.Errorf("no group in the request")
@@ -237,7 +254,7 @@ func (s *server) handle(req *wctl.Request, fds []int, rep *wctl.Reply) (give []i
 	case wctl.OpNICStatus:
 		s.loop.do(func() {
 			if st, ok := s.loop.router.Status(req.ID); ok {
-				rep.NICs = []wctl.NICStatus{{ID: req.ID, Trouble: s.loop.trouble[req.ID], Status: st}}
+				rep.NICs = []wctl.NICStatus{{ID: req.ID, Trouble: s.loop.trouble[req.ID], Waiting: s.loop.waiting(req.ID), Status: st}}
 			}
 		})
 	case wctl.OpStop:
@@ -276,9 +293,9 @@ func (s *server) setFlows(fd int) error {
 	return nil
 }
 
-func (s *server) dropTAPs(id string) {
-	wctl.CloseAll(s.taps[id])
-	delete(s.taps, id)
+func (s *server) dropKept(id string) {
+	wctl.CloseAll(s.kept[id])
+	delete(s.kept, id)
 }
 
 // statusPage is how many NICs one OpStatus tells about: a few hundred bytes each, within MaxMessage.
@@ -298,7 +315,7 @@ func (s *server) status(after string, rep *wctl.Reply) {
 		}
 		for _, id := range ids {
 			st, _ := s.loop.router.Status(id)
-			rep.NICs = append(rep.NICs, wctl.NICStatus{ID: id, Trouble: s.loop.trouble[id], Status: st})
+			rep.NICs = append(rep.NICs, wctl.NICStatus{ID: id, Trouble: s.loop.trouble[id], Waiting: s.loop.waiting(id), Status: st})
 		}
 	})
 }
