@@ -193,7 +193,7 @@ func NewClients(conn grpc.ClientConnInterface, info service.Info, x *Exchange) C
 		c.VMM = &vmmClient{b, vmmpb.NewVMMClient(conn)}
 		c.Base = c.VMM
 	case service.KindLog:
-		c.Log = &logClient{b, logpb.NewLogClient(conn)}
+		c.Log = &logClient{b, &pipedLog{LogClient: logpb.NewLogClient(conn)}}
 		c.Base = c.Log
 	}
 	return c

@@ -6,6 +6,7 @@ import (
 	"io"
 	"sync"
 
+	"golang.org/x/sync/semaphore"
 	"google.golang.org/grpc"
 
 	"github.com/mvirt/mvirt/sdk/errs"
@@ -115,9 +116,25 @@ func (c *logClient) Query(ctx context.Context, q log.Query, fn func(log.Result) 
 	}, logResultFromPB, fn)
 }
 
-// appendWindow is how many batches of one AppendStream the store may work on at once: enough for group
-// commit, few enough that a sender which does not read answers cannot fill memory.
-const appendWindow = 16
+// appendWindow is how many batches of one AppendStream the store may work on at once, and appendBytes how
+// large they may be together: enough for group commit, little enough that a sender which does not read
+// answers cannot fill memory.
+const (
+	appendWindow = 256
+	appendBytes  = 32 << 20
+)
+
+// appendSize is about what a request takes in memory.
+func appendSize(m *logpb.AppendRequest) int64 {
+	n := int64(64)
+	for _, e := range m.GetEntries() {
+		n += 300 + int64(len(e.GetMessage()))
+		for k, v := range e.GetLabels() {
+			n += int64(len(k) + len(v))
+		}
+	}
+	return min(n, appendBytes)
+}
 
 func (s *logServer) AppendStream(stream grpc.BidiStreamingServer[logpb.AppendRequest, logpb.AppendResponse]) error {
 	ctx, cancel := context.WithCancel(stream.Context())
@@ -142,6 +159,7 @@ func (s *logServer) AppendStream(stream grpc.BidiStreamingServer[logpb.AppendReq
 		sent <- nil
 	}()
 	var wg sync.WaitGroup
+	room := semaphore.NewWeighted(appendBytes)
 	var rerr error
 	for {
 		m, err := stream.Recv()
@@ -160,7 +178,16 @@ func (s *logServer) AppendStream(stream grpc.BidiStreamingServer[logpb.AppendReq
 		if rerr != nil {
 			break
 		}
-		wg.Go(func() { a <- s.impl.Append(ctx, entriesFromPB(m.GetEntries())) })
+		size := appendSize(m)
+		if err := room.Acquire(ctx, size); err != nil {
+			a <- err
+			rerr = err
+			break
+		}
+		wg.Go(func() {
+			defer room.Release(size)
+			a <- s.impl.Append(ctx, logEntriesFromPB(m.GetEntries()))
+		})
 	}
 	wg.Wait()
 	close(answers)
@@ -168,14 +195,6 @@ func (s *logServer) AppendStream(stream grpc.BidiStreamingServer[logpb.AppendReq
 		return err
 	}
 	return rerr
-}
-
-func entriesFromPB(list []*logpb.Entry) []log.Entry {
-	out := make([]log.Entry, len(list))
-	for i, m := range list {
-		out[i] = logEntryFromPB(nil, m)
-	}
-	return out
 }
 
 // ---- vmm
