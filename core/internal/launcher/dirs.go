@@ -74,7 +74,19 @@ func giveTo(fd int, id identity, mode uint32) error {
 	if err := unix.Fchown(fd, int(id.UID), int(id.GID)); err != nil {
 		return err
 	}
-	return unix.Fchmod(fd, mode)
+	if err := unix.Fchmod(fd, mode); err != nil {
+		return err
+	}
+	// Without CAP_FSETID the kernel drops the set-group-id bit and says nothing.
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
+	}
+	if st.Mode&0o7777 != mode {
+		return errs.New(errs.Precondition, "mode %04o was asked for and %04o came of it", mode, st.Mode&0o7777).
+			Do("start mvirtd with CAP_FSETID in its bounding set (systemd: CapabilityBoundingSet=)")
+	}
+	return nil
 }
 
 func emptyDir(f *os.File) bool {

@@ -1,6 +1,7 @@
 package launcher
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -64,6 +65,11 @@ func RunRoot(o RootOptions) error {
 		return err
 	}
 	defer r.lock.Close()
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	if err := r.st.family.adopt(ctx); err != nil {
+		o.Log.Warn("hypervisors that outlive their plugin may stay behind as zombies", "error", err)
+	}
 	sigs := make(chan os.Signal, 4)
 	if o.Signal != nil {
 		o.Signal(sigs)
@@ -248,7 +254,7 @@ func (r *root) startCore(sock *os.File) (*child, error) {
 	defer text.Close()
 	env := []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", "HOME=" + r.o.Config.Core.StateDir}
 	return start(program{
-		binary: self, stdout: os.Stdout, stderr: os.Stderr, keep: []*os.File{sock, text, r.lock},
+		binary: self, stdout: os.Stdout, stderr: os.Stderr, keep: []*os.File{sock, text, r.lock}, family: r.st.family,
 		shim: shimSpec{Argv: append([]string{"mvirtd", CoreArg}, r.o.Args...), Env: env, Switch: true, UID: r.table.core.UID,
 			GID: r.table.core.GID, Groups: r.table.core.Groups, NoFile: 65536, Umask: 0o027},
 	})

@@ -45,6 +45,7 @@ type program struct {
 	stderr *os.File
 	keep   []*os.File
 	cgroup *os.File // directory, or nil
+	family *family  // that the process is counted among
 }
 
 // child is a process that start made.
@@ -89,7 +90,7 @@ func start(p program) (*child, error) {
 	if p.cgroup != nil {
 		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(p.cgroup.Fd())
 	}
-	err = cmd.Start()
+	err = p.family.start(cmd)
 	reportW.Close()
 	if err != nil {
 		return nil, fmt.Errorf("starting a process: %w", err)
@@ -97,7 +98,7 @@ func start(p program) (*child, error) {
 	c := &child{pid: cmd.Process.Pid, gone: make(chan struct{})}
 	c.start, _ = startTime(c.pid)
 	share, serr := unix.PidfdOpen(c.pid, 0) // nobody has waited for it yet, so the pid is still its own
-	go c.wait(cmd)
+	go c.wait(cmd, p.family)
 	if pidfd < 0 || serr != nil {
 		_ = cmd.Process.Kill()
 		<-c.gone
@@ -139,8 +140,9 @@ func shimError(report, path string) error {
 	return e
 }
 
-func (c *child) wait(cmd *exec.Cmd) {
+func (c *child) wait(cmd *exec.Cmd, f *family) {
 	_ = cmd.Wait() // what it returns is in ProcessState
+	f.ended(c.pid)
 	c.exit = Exit{Code: -1, At: time.Now()}
 	if cmd.ProcessState == nil {
 		close(c.gone)

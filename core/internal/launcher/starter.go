@@ -18,10 +18,11 @@ import (
 
 // starter starts plugins, at most one of a kind at a time. Safe for concurrent use.
 type starter struct {
-	table *table
-	dirs  *launchDirs
-	cg    *cgroups
-	env   Environment
+	table  *table
+	dirs   *launchDirs
+	cg     *cgroups
+	env    Environment
+	family *family
 
 	mu      sync.Mutex
 	hostPID int // the process that plugins shall let in: the core
@@ -61,7 +62,7 @@ func newStarter(t *table, runDir string, cg *cgroups, env Environment) (*starter
 	if err != nil {
 		return nil, err
 	}
-	return &starter{table: t, dirs: dirs, cg: cg, env: env, hostPID: os.Getpid(), running: map[service.Kind]*launch{}}, nil
+	return &starter{table: t, dirs: dirs, cg: cg, env: env, hostPID: os.Getpid(), family: newFamily(), running: map[service.Kind]*launch{}}, nil
 }
 
 // pluginUmask lets the core's group, which the launch directory gives by its set-group-id bit, use sockets.
@@ -143,7 +144,7 @@ func (s *starter) startLaunch(l *launch, sp *spec) (err error) {
 	hostPID := s.hostPID
 	s.mu.Unlock()
 	c, err := start(program{
-		binary: binary, stdout: theirs[0], stderr: theirs[1], keep: []*os.File{theirs[2]}, cgroup: cg,
+		binary: binary, stdout: theirs[0], stderr: theirs[1], keep: []*os.File{theirs[2]}, cgroup: cg, family: s.family,
 		shim: shimSpec{
 			Argv: append([]string{sp.command}, sp.args...), Env: append(append([]string(nil), sp.env...), s.env(l.dir, s.table.core.UID, hostPID)...),
 			Script: isScript(binary), Switch: s.table.root, UID: sp.id.UID, GID: sp.id.GID, Groups: sp.id.Groups,
