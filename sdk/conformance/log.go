@@ -356,7 +356,7 @@ func checkFollow(c *C) {
 			want[e.ID] = true
 			c.append(e)
 		}
-		ctx, cancel := context.WithTimeout(c, 30*time.Second)
+		ctx, cancel := context.WithTimeout(c, 20*time.Second)
 		done := errors.New("all seen")
 		var wg sync.WaitGroup
 		for w := range writers {
@@ -394,7 +394,7 @@ func checkFollow(c *C) {
 		wg.Wait()
 		cancel()
 		if !errors.Is(err, done) {
-			c.Errorf("with a history of %d: saw %d of %d, then %v", history, len(seen), history+writers*each, err)
+			c.Fatalf("with a history of %d: saw %d of %d, then %v", history, len(seen), history+writers*each, err)
 		}
 		for id, n := range seen {
 			if n != 1 || !want[id] {

@@ -491,6 +491,21 @@ func (s lifeSpy) Spawn(ctx context.Context) (*host.Process, error) {
 	return p, err
 }
 
+// TestWithoutGoPlugin holds what docs/writing-a-plugin.md says to authors in other languages: a gRPC server and
+// one line are enough.
+func TestWithoutGoPlugin(t *testing.T) {
+	p := mustLaunch(t, "raw", nil)
+	if _, err := p.Log.Stats(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if err := p.Stop(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if e, _ := p.Exit(); e.Code != 0 || e.Signal != 0 {
+		t.Errorf("%v", e)
+	}
+}
+
 func TestSIGTERM(t *testing.T) {
 	p := mustLaunch(t, "log:", nil)
 	syscall.Kill(p.PID(), syscall.SIGTERM)

@@ -15,9 +15,12 @@ import (
 
 	"github.com/spf13/pflag"
 	"go.uber.org/goleak"
+	"google.golang.org/grpc"
 
 	"github.com/mvirt/mvirt/sdk/errs"
 	"github.com/mvirt/mvirt/sdk/host"
+	"github.com/mvirt/mvirt/sdk/internal/pb/pluginpb"
+	"github.com/mvirt/mvirt/sdk/internal/wire"
 	"github.com/mvirt/mvirt/sdk/log"
 	"github.com/mvirt/mvirt/sdk/plugin"
 	"github.com/mvirt/mvirt/sdk/sdktest"
@@ -87,6 +90,22 @@ func program(b string) int {
 		}()
 		fmt.Println("1|1|unix|" + dir + "/x|grpc|")
 		select {}
+	case "raw": // as an author without the SDK and without go-plugin would
+		ln, err := net.Listen("unix", dir+"/x")
+		if err != nil {
+			return 1
+		}
+		l, err := sdktest.NewLog(os.Getenv("TEST_DIR"))
+		if err != nil {
+			return 1
+		}
+		srv := grpc.NewServer()
+		wire.Register(srv, l, nil)
+		pluginpb.RegisterPluginServer(srv, &wire.PluginServer{Base: l, Info: service.Info{Kind: service.KindLog, Name: "raw", Version: "1", ContractMajor: 1, PID: uint32(os.Getpid())},
+			Stop: func(context.Context) error { go srv.GracefulStop(); return nil }})
+		fmt.Println("1|1|unix|" + dir + "/x|grpc|")
+		srv.Serve(ln)
+		return 0
 	case "open fails":
 		plugin.Main(plugin.Program{Kind: service.KindLog, Name: "x", Flags: func(fs *pflag.FlagSet) { fs.String("data-dir", "", "") }, Open: func(context.Context, plugin.Env) (service.Base, error) {
 			return nil, errs.New(errs.Corrupt, "the store is damaged").Do("restore a backup")

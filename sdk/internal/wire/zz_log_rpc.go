@@ -25,23 +25,11 @@ type logClient struct {
 }
 
 func (s *logServer) Append(ctx context.Context, m *pb.AppendRequest) (*pluginpb.Empty, error) {
-	return serve(ctx, s.x, "log.Append", m, func(d *Dec, m *pb.AppendRequest) []log.Entry {
-		v := make([]log.Entry, 0, len(m.GetEntries()))
-		for _, x := range m.GetEntries() {
-			v = append(v, logEntryFromPB(d, x))
-		}
-		return v
-	}, noResp(s.impl.Append), emptyToPB)
+	return serve(ctx, s.x, "log.Append", m, func(_ *Dec, m *pb.AppendRequest) []log.Entry { return logEntriesFromPB(m.GetEntries()) }, noResp(s.impl.Append), emptyToPB)
 }
 
 func (c *logClient) Append(ctx context.Context, req []log.Entry) error {
-	_, err := invoke(ctx, c.x, "log.Append", req, func(e *Enc, v *[]log.Entry) *pb.AppendRequest {
-		m := &pb.AppendRequest{}
-		for i := range *v {
-			m.Entries = append(m.Entries, logEntryToPB(e, &(*v)[i]))
-		}
-		return m
-	}, c.rpc.Append, emptyFromPB)
+	_, err := invoke(ctx, c.x, "log.Append", req, func(_ *Enc, v *[]log.Entry) *pb.AppendRequest { return &pb.AppendRequest{Entries: logEntriesToPB(*v)} }, c.rpc.Append, emptyFromPB)
 	return err
 }
 

@@ -45,6 +45,11 @@ func (m *model) sideOf(me method, t *typ, suffix string) side {
 		return side{"pluginpb.Empty", "struct{}", "emptyToPB", "emptyFromPB"}
 	case t.slice:
 		list := camel(plural(t.base))
+		if m.pkg == "log" && t.base == "Entry" { // by hand in entry.go: it is the hot path
+			msg := me.name + suffix
+			return side{"pb." + msg, "[]log.Entry", fmt.Sprintf("func(_ *Enc, v *[]log.Entry) *pb.%s { return &pb.%s{Entries: logEntriesToPB(*v)} }", msg, msg),
+				fmt.Sprintf("func(_ *Dec, m *pb.%s) []log.Entry { return logEntriesFromPB(m.GetEntries()) }", msg)}
+		}
 		enc := fmt.Sprintf("func(e *Enc, v *[]%s.%s) *pb.%s {\n\t\tm := &pb.%s{}\n\t\tfor i := range *v {\n\t\t\tm.%s = append(m.%s, %s(e, &(*v)[i]))\n\t\t}\n\t\treturn m\n\t}",
 			m.pkg, t.base, me.name+suffix, me.name+suffix, list, list, m.toPB(t.base))
 		dec := fmt.Sprintf("func(d *Dec, m *pb.%s) []%s.%s {\n\t\tv := make([]%s.%s, 0, len(m.Get%s()))\n\t\tfor _, x := range m.Get%s() {\n\t\t\tv = append(v, %s(d, x))\n\t\t}\n\t\treturn v\n\t}",
