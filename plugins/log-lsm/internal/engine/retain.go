@@ -211,14 +211,25 @@ func (s *Store) dropOtherIDs(b *pebble.Batch, seg *segment) error {
 // into use meanwhile; numbers are never used twice.
 func (s *Store) sweepObjects() error {
 	live := map[uint32]uint64{} // group → objects in use
+	s.mu.RLock()
+	floor := s.nextSeg
+	for l := range s.segs {
+		if len(s.segs[l]) > 0 {
+			floor[l] = s.segs[l][0].id
+		}
+	}
+	s.mu.RUnlock()
 	it, err := s.db.NewIter(&pebble.IterOptions{LowerBound: []byte{keys.Posting}, UpperBound: []byte{keys.Posting + 1}})
 	if err != nil {
 		return err
 	}
 	for ok := it.First(); ok; ok = it.Next() {
-		_, _, group, err := keys.ParsePosting(it.Key())
-		if err == nil && len(it.Value()) < 8 {
+		l, id, group, err := keys.ParsePosting(it.Key())
+		if err == nil && (len(it.Value()) < 8 || l >= levels) {
 			err = posting.ErrBad
+		}
+		if err == nil && id < floor[l] {
+			continue // of a segment that is gone, in an epoch that is not
 		}
 		if err != nil {
 			_ = it.Close()
