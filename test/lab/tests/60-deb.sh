@@ -7,7 +7,7 @@ deb=$(ls /lab/in/dist/*.deb 2>/dev/null | head -1)
 guest=/lab/in/guest
 say() { echo "--- $*"; }
 hypervisor() { pgrep -f 'qemu-system-x86_64.*mvirt' | head -1; }
-wait_up() { for i in $(seq 100); do mvirt plugin ls -o json 2>/dev/null | jq -e '[(.plugins? // .)[] | .state] | length == 4 and all(. == "up" or . == "degraded")' >/dev/null && return; sleep 0.3; done; mvirt status; return 1; }
+wait_up() { for i in $(seq 300); do mvirt plugin ls -o json 2>/dev/null | jq -e '[(.plugins? // .)[] | .state] | length == 4 and all(. == "up" or . == "degraded")' >/dev/null && return; sleep 0.3; done; mvirt status; return 1; }
 
 say install
 modprobe kvm-amd || true
@@ -16,6 +16,12 @@ systemctl is-active mvirtd
 wait_up
 mvirt status
 systemd-analyze security --no-pager mvirtd.service | tail -1
+
+# A plugin starts in milliseconds, but not where the machine itself is emulated and busy.
+sed -i 's/^\(\[plugin\..*\]\)$/\1\nstart_timeout = "2m"\nhealth_deadline = "30s"/' /etc/mvirt/mvirt.toml
+mvirtd --check-config
+systemctl restart mvirtd
+wait_up
 
 say a VM
 mvirt template import guest "$guest/root.qcow2"
