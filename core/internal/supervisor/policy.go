@@ -11,6 +11,7 @@ const (
 	healthyAfter     = 60 * time.Second // this long up, and the next restart is immediate again
 	quarantineDeaths = 5
 	quarantineWindow = 2 * time.Minute
+	quarantineRetry  = 5 * time.Minute // a host that was overloaded, or a disk that was full, is found better without a person
 )
 
 // restartPolicy decides what follows a death. Not safe for concurrent use.
@@ -18,13 +19,15 @@ type restartPolicy struct {
 	inARow int         // deaths since it was last healthy for long
 	deaths []time.Time // within the window
 	jitter func() float64
+
+	probation bool // in quarantine, or tried once from there: the next death is enough
 }
 
 // died records a death at now, after up (0: it never came up), and says how long to wait, or that it is
-// enough.
+// enough (then delay is until the one attempt that a quarantined plugin has now and then).
 func (p *restartPolicy) died(now time.Time, up time.Duration) (delay time.Duration, quarantine bool) {
 	if up >= healthyAfter {
-		p.inARow = 0
+		p.inARow, p.probation = 0, false
 	}
 	keep := p.deaths[:0]
 	for _, t := range p.deaths {
@@ -33,8 +36,9 @@ func (p *restartPolicy) died(now time.Time, up time.Duration) (delay time.Durati
 		}
 	}
 	p.deaths = append(keep, now)
-	if len(p.deaths) >= quarantineDeaths {
-		return 0, true
+	if p.probation || len(p.deaths) >= quarantineDeaths {
+		p.probation = true
+		return quarantineRetry, true
 	}
 	if p.inARow > 0 {
 		delay = longestDelay
@@ -49,4 +53,4 @@ func (p *restartPolicy) died(now time.Time, up time.Duration) (delay time.Durati
 }
 
 // forgive forgets all deaths.
-func (p *restartPolicy) forgive() { p.inARow, p.deaths = 0, nil }
+func (p *restartPolicy) forgive() { p.inARow, p.deaths, p.probation = 0, nil, false }

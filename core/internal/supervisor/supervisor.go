@@ -4,7 +4,7 @@
 //
 // Each configured kind has a unit with one goroutine: launch, watch, and after a death launch again. The
 // first restart is immediate; further ones wait with exponential back-off and jitter; after five deaths in
-// two minutes the unit is quarantined until somebody asks for a restart (see restartPolicy). A plugin that
+// two minutes the unit is quarantined: one attempt every five minutes, or when somebody asks (see restartPolicy). A plugin that
 // leaves its health checks unanswered is killed and treated like one that died.
 //
 // The services that [Supervisor.Storage] and its like return are proxies: they live as long as the

@@ -128,9 +128,9 @@ func TestQuarantine(t *testing.T) {
 		if time.Since(begun) != 0 {
 			t.Error("a call of a quarantined plugin waits")
 		}
-		time.Sleep(time.Hour)
-		if f.count() != quarantineDeaths {
-			t.Error("launched in quarantine")
+		time.Sleep(time.Hour + time.Minute)
+		if got, want := f.count(), quarantineDeaths+int(time.Hour/quarantineRetry); got != want {
+			t.Errorf("%d launches after an hour of quarantine, not one every %s", got, quarantineRetry)
 		}
 		// A restart that fails says why; one that works lifts it.
 		if err := s.Restart(bg, service.KindLog); errs.ReasonOf(err) != "BINARY_MISSING" {
@@ -144,6 +144,22 @@ func TestQuarantine(t *testing.T) {
 		}
 		if err := s.Log().Append(bg, nil); err != nil {
 			t.Error(err)
+		}
+	})
+}
+
+// What was wrong with the host goes away: the plugin is back without a person, and on probation at first.
+func TestQuarantineEndsByItself(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &fakePlugins{fail: errs.New(errs.Precondition, "the disk is full")}
+		s, _ := harness(t, f)
+		isKind(t, s.Ready(bg), errs.Unavailable, "PLUGIN_QUARANTINED")
+		f.mu.Lock()
+		f.fail = nil
+		f.mu.Unlock()
+		time.Sleep(quarantineRetry)
+		if err := s.Log().Append(bg, nil); err != nil {
+			t.Errorf("a quarantined plugin that would start again: %v", err)
 		}
 	})
 }

@@ -20,7 +20,7 @@ const (
 	StateStarting    State = "starting"
 	StateUp          State = "up"
 	StateWaiting     State = "waiting"     // for the next attempt
-	StateQuarantined State = "quarantined" // no more attempts until asked
+	StateQuarantined State = "quarantined" // one attempt now and then, or when asked
 	StateStopping    State = "stopping"
 	StateStopped     State = "stopped"
 )
@@ -261,7 +261,7 @@ func (u *unit) failed(err error) {
 	u.setLocked(StateWaiting)
 }
 
-// pause waits for the next attempt, for somebody who asks for it, or in quarantine for nobody else.
+// pause waits for the next attempt or for somebody who asks for it.
 func (u *unit) pause(ctx context.Context) (asked chan error) {
 	u.mu.Lock()
 	var up time.Duration
@@ -272,26 +272,24 @@ func (u *unit) pause(ctx context.Context) (asked chan error) {
 	u.mu.Unlock()
 	delay, quarantine := u.policy.died(time.Now(), up)
 
-	var timer <-chan time.Time
 	u.mu.Lock()
 	if u.ending {
 		u.mu.Unlock()
 		return nil
 	}
+	u.nextTry = time.Now().Add(delay)
 	if quarantine {
 		u.setLocked(StateQuarantined)
 	} else {
-		u.nextTry = time.Now().Add(delay)
 		u.setLocked(StateWaiting)
-		t := time.NewTimer(delay)
-		defer t.Stop()
-		timer = t.C
 	}
+	t := time.NewTimer(delay)
+	defer t.Stop()
 	u.mu.Unlock()
 
 	c := service.Condition{Code: "PLUGIN_DOWN", Severity: service.SeverityCritical, Text: failure.Error(), Remedy: errs.RemedyOf(failure)}
 	if quarantine {
-		c.Text = fmt.Sprintf("%d deaths within %s, no more attempts; the last: %s", quarantineDeaths, quarantineWindow, failure)
+		c.Text = fmt.Sprintf("%d deaths within %s, now one attempt every %s; the last: %s", quarantineDeaths, quarantineWindow, quarantineRetry, failure)
 		c.Remedy = joinRemedies(errs.RemedyOf(failure), u.restartRemedy())
 		u.notice(true, failure, "quarantined after %d deaths within %s", quarantineDeaths, quarantineWindow)
 	} else if delay > 0 {
@@ -301,7 +299,7 @@ func (u *unit) pause(ctx context.Context) (asked chan error) {
 		u.opt.Health.Replace(u.source(), []service.Condition{c})
 	}
 	select {
-	case <-timer:
+	case <-t.C:
 	case asked = <-u.ask:
 		u.policy.forgive()
 	case <-ctx.Done():
