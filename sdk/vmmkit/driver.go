@@ -89,6 +89,12 @@ type Port interface {
 	Close() error
 }
 
+// Resizer is an Instance whose vCPUs and memory change while it runs.
+type Resizer interface {
+	// Resize sets both; they are within the maxima that the VM was started with.
+	Resize(ctx context.Context, cpus uint32, memory uint64) error
+}
+
 // Feeder is an Instance whose serial output does not come into the log file by itself; the kit hands it on.
 type Feeder interface {
 	// Feed copies output to log until the port or the instance is closed.

@@ -13,6 +13,7 @@ import (
 	"github.com/mvirt/mvirt/sdk/errs"
 	"github.com/mvirt/mvirt/sdk/ident"
 	"github.com/mvirt/mvirt/sdk/vmm"
+	"github.com/mvirt/mvirt/sdk/vmmkit"
 )
 
 const reasonOff = "guest powered off"
@@ -71,6 +72,13 @@ func TestLife(t *testing.T) {
 	if err := errors.Join(r.m.PlugDisk(t.Context(), vmm.PlugDiskRequest{ID: vm.ID, Disk: extra}),
 		r.m.DiskResized(t.Context(), vmm.DiskResizedRequest{ID: vm.ID, Name: "extra", SizeBytes: 8192})); err != nil {
 		t.Error(err)
+	}
+	vm, err = vmmkit.Resizable{Manager: r.m}.Resize(t.Context(), vmm.ResizeRequest{Ref: "vm1", CPUs: 4, MemoryBytes: 96 << 20})
+	if err != nil || vm.Spec.CPUs != 4 || vm.Spec.MemoryBytes != 96<<20 || vm.Generation != 2 {
+		t.Errorf("resize: %+v, %v", vm, err)
+	}
+	if _, err := (vmmkit.Resizable{Manager: r.m}).Resize(t.Context(), vmm.ResizeRequest{Ref: "vm1", MemoryBytes: 256 << 20}); !errors.Is(err, errs.Invalid) {
+		t.Errorf("resize beyond the maximum: %v", err)
 	}
 	cnt, err := r.m.Counters(t.Context(), vmm.Ref{Ref: vm.ID})
 	if err != nil || len(cnt.Devices) != 2 || cnt.Devices[0].WriteOps != 4 || cnt.ResidentBytes == 0 {

@@ -48,6 +48,7 @@ type instance struct {
 var (
 	_ vmmkit.Instance = (*instance)(nil)
 	_ vmmkit.Feeder   = (*instance)(nil)
+	_ vmmkit.Resizer  = (*instance)(nil)
 )
 
 // Connect takes hold. A fresh process is given its VM and boots it.
@@ -422,6 +423,11 @@ func (i *instance) unplug(ctx context.Context, id string) error {
 // DiskResized tells the guest of a disk's new size.
 func (i *instance) DiskResized(ctx context.Context, name string, size uint64) error {
 	return i.c.Put(ctx, "vm.resize-disk", chapi.ResizeDisk{ID: diskID(name), Size: size}, nil)
+}
+
+// Resize sets vCPUs and memory. The guest brings them into use in its own time.
+func (i *instance) Resize(ctx context.Context, cpus uint32, memory uint64) error {
+	return i.c.Put(ctx, "vm.resize", chapi.Resize{CPUs: cpus, RAM: memory}, nil)
 }
 
 // Counters reads what disks and NICs have done; of a NIC, read is what the guest received.

@@ -315,6 +315,16 @@ func (f *fake) handle(what string, body any, files int) (int, string) {
 			f.event("vm", "device-removed", "id", id, "bdf", "0000:00:06.0")
 		}()
 		return 204, ""
+	case "vm.resize":
+		if !live {
+			return no(405, "VM is not running")
+		}
+		if cpus, ok := get(body, "desired_vcpus").(float64); ok {
+			if most, _ := get(f.config, "cpus", "max_vcpus").(float64); cpus > most {
+				return no(400, "desired vCPUs exceed the maximum")
+			}
+		}
+		return 204, ""
 	case "vm.resize-disk":
 		if !f.has(text(body, "id")) {
 			return no(404, "unknown disk")
