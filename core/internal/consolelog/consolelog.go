@@ -17,10 +17,10 @@ import (
 )
 
 const (
-	maxLine = 4 << 10          // bytes of a line; longer ones are cut into pieces
-	replay  = 64 << 10         // of a VM that has just started: what it printed before we came
-	flush   = 2 * time.Second  // after this long without more, a line without end is taken as it is: "login: "
-	retry   = 10 * time.Second // after a console that broke off while its VM runs
+	maxLine = 4 << 10 // bytes of a line; longer ones are cut into pieces
+
+	flush = 2 * time.Second  // after this long without more, a line without end is taken as it is: "login: "
+	retry = 10 * time.Second // after a console that broke off while its VM runs
 )
 
 // Collector follows consoles.
@@ -38,9 +38,8 @@ func New(v vmm.Service, note func(log.Entry)) *Collector {
 	return &Collector{vmm: v, note: note, follow: map[string]bool{}}
 }
 
-// Saw is told of a VM's state by the watch of one run of the vmm plugin, which ctx spans. started: it was
-// seen to start, so what it printed so far is wanted, too.
-func (c *Collector) Saw(ctx context.Context, vm vmm.VM, started bool) {
+// Saw is told of a VM's state by the watch of one run of the vmm plugin, which ctx spans.
+func (c *Collector) Saw(ctx context.Context, vm vmm.VM) {
 	if vm.State != vmm.StateRunning && vm.State != vmm.StatePaused {
 		return
 	}
@@ -51,7 +50,7 @@ func (c *Collector) Saw(ctx context.Context, vm vmm.VM, started bool) {
 	}
 	c.follow[vm.ID] = true
 	c.tasks.Go(func() {
-		c.read(ctx, vm, started)
+		c.read(ctx, vm)
 		c.mu.Lock()
 		delete(c.follow, vm.ID)
 		c.mu.Unlock()
@@ -62,11 +61,9 @@ func (c *Collector) Saw(ctx context.Context, vm vmm.VM, started bool) {
 func (c *Collector) Wait() { c.tasks.Wait() }
 
 // read follows one console until its VM ends.
-func (c *Collector) read(ctx context.Context, vm vmm.VM, started bool) {
+func (c *Collector) read(ctx context.Context, vm vmm.VM) {
+	// No replay: what a console keeps reaches back into earlier runs, whose lines are in the store already.
 	req := vmm.ConsoleRequest{Ref: vm.ID, ReadOnly: true}
-	if started {
-		req.Replay = replay
-	}
 	for ctx.Err() == nil {
 		l := &lines{emit: func(text string) {
 			c.note(log.Entry{Level: log.LevelInfo, Component: "console", Message: text, Objects: []string{vm.ID}, Labels: map[string]string{"vm": vm.Spec.Name}})
@@ -77,7 +74,6 @@ func (c *Collector) read(ctx context.Context, vm vmm.VM, started bool) {
 		if now, gerr := c.vmm.Get(ctx, vmm.Ref{Ref: vm.ID}); gerr == nil && !now.State.Live() || err == nil {
 			return
 		}
-		req.Replay = 0
 		t := time.NewTimer(retry)
 		select {
 		case <-t.C:

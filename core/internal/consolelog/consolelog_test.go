@@ -71,11 +71,11 @@ func TestCollector(t *testing.T) {
 	}
 	got := make(chan log.Entry, 10)
 	c := New(w.VMM(), func(e log.Entry) { got <- e })
-	c.Saw(ctx, vm, false) // stopped: nothing to read
+	c.Saw(ctx, vm) // stopped: nothing to read
 	vm.State = vmm.StateRunning
 	var wg sync.WaitGroup
 	for range 3 { // however often it is seen, it is followed once
-		wg.Go(func() { c.Saw(ctx, vm, true) })
+		wg.Go(func() { c.Saw(ctx, vm) })
 	}
 	wg.Wait()
 	select {

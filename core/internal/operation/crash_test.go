@@ -322,6 +322,7 @@ func (s scenario) prepare(t *testing.T) (l *lab, before string) {
 func TestCrash(t *testing.T) {
 	for _, s := range scenarios() {
 		t.Run(s.name, func(t *testing.T) {
+			t.Parallel() // most of the time is the disk's
 			l, before := s.prepare(t)
 			if _, err := s.change(l); err != nil {
 				t.Fatalf("undisturbed: %v", err)

@@ -209,6 +209,9 @@ func (h *handle) finish(state State) {
 	e := h.e
 	h.update(func(op *Operation) {
 		op.State, op.EndedAt, op.Phase = state, e.opt.Now(), ""
+		if state == Done {
+			op.Done, op.Total = uint64(len(op.Steps)), uint64(len(op.Steps))
+		}
 	})
 	op := h.snapshot()
 	if err := e.put(h); err != nil {

@@ -60,8 +60,8 @@ type Options struct {
 	Audit    func(ctx context.Context, e log.Entry) error
 	Publish  func(e bus.Event)
 	Up       func(k service.Kind) bool // whether a plugin answers now
-	// Seen is told of each VM that the watch shows; started: it was seen to start. ctx ends with the watch.
-	Seen     func(ctx context.Context, vm vmm.VM, started bool)
+	// Seen is told of each VM that the watch shows. ctx ends with the watch.
+	Seen     func(ctx context.Context, vm vmm.VM)
 	Event    func(e vmm.Event) // told of each event of the watch; may be nil
 	Watching func()            // told when a watch begins and when it ends; may be nil
 	StateDir string            // keeps the id of the boot whose VMs were started
@@ -86,7 +86,7 @@ func New(opt Options) *Reconciler {
 		opt.Log = slog.Default()
 	}
 	if opt.Seen == nil {
-		opt.Seen = func(context.Context, vmm.VM, bool) {}
+		opt.Seen = func(context.Context, vmm.VM) {}
 	}
 	if opt.Event == nil {
 		opt.Event = func(vmm.Event) {}

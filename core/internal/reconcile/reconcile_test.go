@@ -232,7 +232,7 @@ func TestWatch(t *testing.T) {
 	l.create("web", web, false, true)
 	ctx, cancel := context.WithCancel(t.Context())
 	seen := make(chan bool, 100)
-	l.r.opt.Seen = func(context.Context, vmm.VM, bool) { seen <- true }
+	l.r.opt.Seen = func(context.Context, vmm.VM) { seen <- true }
 	var wg sync.WaitGroup
 	wg.Go(func() { l.r.PluginUp(ctx, service.KindVMM) })
 	wg.Go(func() { l.r.Run(ctx) })

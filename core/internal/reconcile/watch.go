@@ -36,7 +36,7 @@ func (r *Reconciler) event(ctx context.Context, last map[string]vmm.VM, e vmm.Ev
 	switch e.Type {
 	case vmm.EventSnapshot:
 		last[vm.ID] = vm
-		r.opt.Seen(ctx, vm, false)
+		r.opt.Seen(ctx, vm)
 		return
 	case vmm.EventSnapshotEnd, vmm.EventLagged:
 		r.Trigger()
@@ -57,7 +57,7 @@ func (r *Reconciler) event(ctx context.Context, last map[string]vmm.VM, e vmm.Ev
 	}
 	was, known := last[vm.ID]
 	last[vm.ID] = vm
-	r.opt.Seen(ctx, vm, known && !was.State.Live() || was.State == vmm.StateStarting)
+	r.opt.Seen(ctx, vm)
 	if known && was.State == vm.State {
 		r.publish(e.Time, "vm.changed", vm, "VM "+vm.Spec.Name+" changed")
 		return
