@@ -281,6 +281,11 @@ func (w *World) EndImport(id string, state storage.ImportState, failure string) 
 }
 
 func (s *Storage) WatchImport(ctx context.Context, req storage.Ref, fn func(storage.Import) error) error {
+	if s.w.Gate != nil {
+		if err := s.w.Gate(ctx, "storage.WatchImport", false); err != nil {
+			return err
+		}
+	}
 	for {
 		s.w.mu.Lock()
 		i := s.w.imports[req.Ref]

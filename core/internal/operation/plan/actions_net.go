@@ -9,8 +9,9 @@ import (
 )
 
 type attachNIC struct {
-	VMID  string
-	NICID string
+	VMID     string
+	NICID    string
+	ForStart bool `json:",omitempty"` // as in attachVolume
 }
 
 func (a actions) net() map[string]operation.Action {
@@ -47,6 +48,9 @@ func (a actions) net() map[string]operation.Action {
 		"net.delete_nic": doneGone(n.DeleteNIC),
 		"net.attach": operation.Typed(a.attachNIC,
 			func(ctx context.Context, _ *operation.Run, at attachNIC) error {
+				if lives, err := a.lives(ctx, at.ForStart, at.VMID); lives || err != nil {
+					return err
+				}
 				return gone(n.Detach(ctx, net.DetachRequest{NICID: at.NICID, VMID: at.VMID}))
 			}, nil),
 		"net.detach": doneGone(n.Detach),

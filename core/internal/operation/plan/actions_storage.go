@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"time"
 
 	"github.com/mvirt/mvirt/core/internal/operation"
 	"github.com/mvirt/mvirt/sdk/errs"
@@ -16,6 +17,9 @@ type attachVolume struct {
 	VMID     string
 	VolumeID string
 	ReadOnly bool
+	// ForStart: it is for a start of the VM. Undone, it stays if the VM lives all the same: then somebody else
+	// started it, and what it uses must not be taken from it.
+	ForStart bool `json:",omitempty"`
 }
 
 func (a actions) storage() map[string]operation.Action {
@@ -35,6 +39,9 @@ func (a actions) storage() map[string]operation.Action {
 			}),
 		"storage.attach": operation.Typed(a.attachVolume,
 			func(ctx context.Context, _ *operation.Run, at attachVolume) error {
+				if lives, err := a.lives(ctx, at.ForStart, at.VMID); lives || err != nil {
+					return err
+				}
 				return gone(s.Detach(ctx, storage.DetachRequest{VolumeID: at.VolumeID, VMID: at.VMID}))
 			}, nil),
 		"storage.detach":          doneGone(s.Detach),
@@ -92,6 +99,15 @@ func (a actions) attachVolume(ctx context.Context, r *operation.Run, at attachVo
 	return nil
 }
 
+// lives tells, if asked, whether a VM has a process.
+func (a actions) lives(ctx context.Context, ask bool, vmID string) (bool, error) {
+	if !ask {
+		return false, nil
+	}
+	vm, err := a.svc.VMM.Get(ctx, vmm.Ref{Ref: vmID})
+	return vm.State.Live(), gone(err)
+}
+
 // owner is the identity of a VM's hypervisor.
 func (a actions) owner(ctx context.Context, r *operation.Run, vmID string) (service.Owner, error) {
 	if o, ok := operation.Value[service.Owner](r, "owner:"+vmID); ok {
@@ -125,19 +141,30 @@ func (a actions) doImport(ctx context.Context, r *operation.Run, req storage.Imp
 		}
 	}
 	var last storage.Import
-	err := s.WatchImport(ctx, storage.Ref{Ref: req.ID}, func(i storage.Import) error {
-		last = i
-		r.Progress("import: "+i.Progress.Phase, i.Progress.Done, i.Progress.Total)
-		return nil
-	})
+	var err error
+	for {
+		err = s.WatchImport(ctx, storage.Ref{Ref: req.ID}, func(i storage.Import) error {
+			last = i
+			r.Progress("import: "+i.Progress.Phase, i.Progress.Done, i.Progress.Total)
+			return nil
+		})
+		if ctx.Err() != nil || !errors.Is(err, errs.Unavailable) {
+			break
+		}
+		r.Progress("import: waiting for the storage plugin", last.Progress.Done, last.Progress.Total) // which may take it up again
+		sleep(ctx, importRetry)
+	}
 	switch {
 	case ctx.Err() != nil:
 		if cerr := s.CancelImport(context.WithoutCancel(ctx), storage.Ref{Ref: req.ID}); cerr != nil {
 			return errors.Join(context.Cause(ctx), cerr)
 		}
 		return errs.Wrap(errs.Canceled, context.Cause(ctx), "import %s", req.Name)
-	case errors.Is(err, errs.NotFound) && r.Recovered:
-		return errs.New(errs.Internal, "the core ended in the middle of the import, and the storage plugin does not know it any more").
+	case errors.Is(err, errs.NotFound):
+		if ok, gerr := found(second(s.GetTemplate(ctx, storage.Ref{Ref: req.ID}))); ok || gerr != nil {
+			return gerr
+		}
+		return errs.New(errs.Internal, "the core or the storage plugin ended in the middle of the import, and it is not known any more").
 			Because("CORE_ENDED").Do("import it again")
 	case err != nil:
 		return err
@@ -153,6 +180,18 @@ func (a actions) doImport(ctx context.Context, r *operation.Run, req storage.Imp
 		kind = errs.Precondition // the server of the image is away, not the plugin: this try is over
 	}
 	return &errs.Error{Kind: kind, Message: last.Failure, Remedy: last.Remedy, Resource: errs.Resource{Type: "template", ID: req.ID, Name: req.Name}}
+}
+
+// importRetry is how long to wait for a storage plugin that went away during an import.
+const importRetry = 500 * time.Millisecond
+
+func sleep(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
 }
 
 func second[T any](_ T, err error) error { return err }

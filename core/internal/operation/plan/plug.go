@@ -51,7 +51,7 @@ func (c *Changes) AttachDisk(ctx context.Context, call Call, vmID string, n NewD
 	disk := d.disks[len(d.disks)-1]
 	d.step("vmm.add_disk", "add disk "+disk.Name+" to the definition", "took disk "+disk.Name+" out of the definition", vmDisk{vm.ID, disk})
 	if live {
-		d.step("storage.attach", "attach disk "+disk.Name, "detached disk "+disk.Name, attachVolume{vm.ID, disk.VolumeID, disk.ReadOnly})
+		d.step("storage.attach", "attach disk "+disk.Name, "detached disk "+disk.Name, attachVolume{VMID: vm.ID, VolumeID: disk.VolumeID, ReadOnly: disk.ReadOnly})
 		d.step("vmm.plug_disk", "plug disk "+disk.Name, "unplugged disk "+disk.Name, vmDisk{vm.ID, disk})
 	}
 	return c.run(ctx, call, d.plan)
@@ -105,7 +105,7 @@ func (c *Changes) AttachNIC(ctx context.Context, call Call, vmID string, n NewNI
 	nic := d.nics[len(d.nics)-1]
 	d.step("vmm.add_nic", "add the NIC to the definition", "took the NIC out of the definition", vmNIC{vm.ID, nic})
 	if live {
-		d.step("net.attach", "attach the NIC", "detached the NIC", attachNIC{vm.ID, nic.NICID})
+		d.step("net.attach", "attach the NIC", "detached the NIC", attachNIC{VMID: vm.ID, NICID: nic.NICID})
 		d.step("vmm.plug_nic", "plug the NIC", "unplugged the NIC", vmNIC{vm.ID, nic})
 	}
 	return c.run(ctx, call, d.plan)

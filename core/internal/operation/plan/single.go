@@ -3,6 +3,7 @@ package plan
 import (
 	"context"
 	"slices"
+	"strings"
 
 	"github.com/mvirt/mvirt/core/internal/operation"
 	"github.com/mvirt/mvirt/sdk/errs"
@@ -100,6 +101,10 @@ func (c *Changes) Rollback(ctx context.Context, call Call, s storage.Snapshot, d
 		for _, o := range snaps[i+1:] { // the contract lists oldest first
 			newer = append(newer, "snapshot "+o.VolumeName+"@"+o.Name)
 		}
+	}
+	if len(newer) > 0 && !destroyNewer {
+		return none, nil, errs.New(errs.Precondition, "%s would be lost: %s", plural(len(newer), "newer snapshot"), strings.Join(newer, ", ")).
+			With(errs.Resource{Type: "snapshot", ID: s.ID, Name: s.VolumeName + "@" + s.Name}).Because("NEWER_SNAPSHOTS").Do("give --destroy-newer, or clone the snapshot instead")
 	}
 	if dryRun {
 		return none, newer, nil

@@ -232,11 +232,11 @@ func (d *draft) nic(ctx context.Context, vms []vmm.VM, i int, n NewNIC) error {
 func startSteps(vm vmm.VM, paused bool) (steps []operation.Step) {
 	s := startVM{VMID: vm.ID, Paused: paused, Disks: vm.Spec.Disks}
 	for _, d := range vm.Spec.Disks {
-		steps = append(steps, operation.NewStep("storage.attach", "attach disk "+d.Name, "detached disk "+d.Name, attachVolume{vm.ID, d.VolumeID, d.ReadOnly}))
+		steps = append(steps, operation.NewStep("storage.attach", "attach disk "+d.Name, "detached disk "+d.Name, attachVolume{VMID: vm.ID, VolumeID: d.VolumeID, ReadOnly: d.ReadOnly, ForStart: true}))
 	}
 	for i, n := range vm.Spec.NICs {
 		what := fmt.Sprintf("NIC %d", i)
-		steps = append(steps, operation.NewStep("net.attach", "attach "+what, "detached "+what, attachNIC{vm.ID, n.NICID}))
+		steps = append(steps, operation.NewStep("net.attach", "attach "+what, "detached "+what, attachNIC{VMID: vm.ID, NICID: n.NICID, ForStart: true}))
 		s.NICs = append(s.NICs, n.NICID)
 	}
 	return append(steps, operation.NewStep("vmm.start", "start VM "+vm.Spec.Name, "stopped VM "+vm.Spec.Name, s))
@@ -277,6 +277,8 @@ func (c *Changes) StartVM(ctx context.Context, call Call, id string, paused bool
 	switch vm.State {
 	case vmm.StateRunning:
 		return operation.Operation{}, nil
+	case vmm.StateStopping:
+		return operation.Operation{}, errs.New(errs.Precondition, "it is stopping").With(vmRes(vm)).Because("VM_BUSY").Do("wait until it has stopped, or mvirt vm kill " + vm.Spec.Name)
 	case vmm.StatePaused:
 		return operation.Operation{}, errs.New(errs.Precondition, "it is paused").With(vmRes(vm)).Because("VM_PAUSED").Do("mvirt vm resume " + vm.Spec.Name)
 	case vmm.StateUnknown:
