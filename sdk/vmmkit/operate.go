@@ -22,6 +22,9 @@ const (
 // condNoAnswer is the condition of a hypervisor that does not answer.
 const condNoAnswer = "HYPERVISOR_NO_ANSWER"
 
+// condOrphan is the condition of a hypervisor of which nothing is known.
+const condOrphan = "ORPHAN_HYPERVISOR"
+
 // event takes what a hypervisor tells. It does not wait for anything.
 func (v *machine) event(r *run, l *link, e Event) {
 	v.mu.Lock()

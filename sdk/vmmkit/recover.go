@@ -287,6 +287,11 @@ func (m *Manager) sweepDirs(c store.Contents) {
 	for _, it := range c.Runtime {
 		known[it.ID] = true
 	}
+	if half, err := filepath.Glob(filepath.Join(m.o.DataDir, ".restore-*")); err == nil {
+		for _, d := range half {
+			_ = os.RemoveAll(d)
+		}
+	}
 	ents, err := os.ReadDir(filepath.Join(m.o.DataDir, "vm"))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		m.o.Log.Warn("directories cannot be swept", "error", err)
@@ -329,7 +334,7 @@ func (m *Manager) findStrays() []*machine {
 			strays = append(strays, v)
 			continue
 		}
-		m.setCondition(service.Condition{Code: "ORPHAN_HYPERVISOR", Severity: service.SeverityWarning, Object: id,
+		m.setCondition(service.Condition{Code: condOrphan, Severity: service.SeverityWarning, Object: id,
 			Text:   fmt.Sprintf("process %d is a hypervisor of VM %s, of which nothing is known", found[0].PID, id),
 			Remedy: "restore the plugin's state from a backup, or end the process"})
 	}

@@ -28,8 +28,10 @@ package vmmkit
 import (
 	"context"
 	"errors"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"sort"
 	"sync"
 	"time"
@@ -126,12 +128,7 @@ func Open(ctx context.Context, o Options) (*Manager, error) {
 func (m *Manager) Shutdown(ctx context.Context) error {
 	m.refuse()
 	m.hub.close()
-	var held []*machine
-	m.mu.RLock()
-	for _, v := range m.byID {
-		held = append(held, v)
-	}
-	m.mu.RUnlock()
+	held := m.all()
 	for _, v := range held {
 		v.cancelOperation(errClosing())
 	}
@@ -204,6 +201,13 @@ func (m *Manager) find(ref string) (*machine, error) {
 	return v, nil
 }
 
+// all gives the machines there are.
+func (m *Manager) all() []*machine {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return slices.Collect(maps.Values(m.byID))
+}
+
 // Get finds a VM.
 func (m *Manager) Get(_ context.Context, req vmm.Ref) (vmm.VM, error) {
 	v, err := m.find(req.Ref)
@@ -215,12 +219,7 @@ func (m *Manager) Get(_ context.Context, req vmm.Ref) (vmm.VM, error) {
 
 // List lists all by name.
 func (m *Manager) List(context.Context) ([]vmm.VM, error) {
-	m.mu.RLock()
-	all := make([]*machine, 0, len(m.byID))
-	for _, v := range m.byID {
-		all = append(all, v)
-	}
-	m.mu.RUnlock()
+	all := m.all()
 	vms := make([]vmm.VM, 0, len(all))
 	for _, v := range all {
 		vms = append(vms, v.now())

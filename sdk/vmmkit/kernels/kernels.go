@@ -99,6 +99,29 @@ func (s *Store) Add(kind Kind, f *os.File) (hash string, err error) {
 	return hash, nil
 }
 
+// Put takes a content whose hash is known already, without holding it.
+func (s *Store) Put(hash string, r io.Reader) error {
+	tmp, err := os.CreateTemp(s.dir, ".new-")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(tmp.Name())
+	defer tmp.Close()
+	h := sha256.New()
+	if _, err := io.Copy(io.MultiWriter(tmp, h), r); err != nil {
+		return err
+	}
+	if got := hex.EncodeToString(h.Sum(nil)); got != hash {
+		return errs.New(errs.Corrupt, "a kernel has not the hash that it is called by")
+	}
+	if err := errors.Join(tmp.Chmod(0o400), tmp.Sync(), tmp.Close()); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return os.Rename(tmp.Name(), s.Path(hash))
+}
+
 // Hold holds a content that is there, "" excepted.
 func (s *Store) Hold(hash string) {
 	if hash == "" {

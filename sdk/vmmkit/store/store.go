@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"time"
@@ -125,6 +126,11 @@ func (s *DB) init(path string) error {
 
 // Close closes the store.
 func (s *DB) Close() error { return s.db.Close() }
+
+// Snapshot hands a consistent copy of the whole file to fn, with its size; the store goes on meanwhile.
+func (s *DB) Snapshot(fn func(size int64, copyTo func(io.Writer) (int64, error)) error) error {
+	return s.db.View(func(tx *bbolt.Tx) error { return fn(tx.Size(), tx.WriteTo) })
+}
 
 // Item is one stored thing, or why it cannot be read.
 type Item[T any] struct {
