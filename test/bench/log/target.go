@@ -75,8 +75,8 @@ func (t *plugin) count(ctx context.Context, text string) (int, error) {
 }
 
 func (t *plugin) settle(ctx context.Context) error {
-	// Twelve seconds, because the plugin packs what is left in memory after ten idle ones.
-	return quiet(ctx, t.dir, 12*time.Second)
+	// Long, because the plugin packs what is left in memory only after ten idle seconds.
+	return quiet(ctx, t.dir, 25*time.Second)
 }
 
 func (t *plugin) pid() int { return t.p.PID() }

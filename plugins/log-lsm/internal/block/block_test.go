@@ -74,7 +74,7 @@ func messages(rng *rand.Rand) []string {
 		"", "plain", "volume resized to 10737418240 bytes in 0.034 s", "eth0 up, vda1 down, x86 on br00", "at 0xffff8880deadbeef and 0x",
 		id, "vm " + id + "x", "vm " + id + " gone", "vm-1 and vm-12 and vm-1", "sha256 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
 		"18446744073709551615 9999999999999999999 99999999999999999999 007 0", "xK29sQ8z7b5 token", "\x1b[1m\r\n\t esc", "ünïcödé 5µs 日本3語",
-		fmt.Sprintf("n %d of %d", rng.IntN(1e6), rng.Uint64()), strings.Repeat("a1", 3000), "01.02.003 -5 +6 1e9 3f2a91 3f2a9g",
+		fmt.Sprintf("n %d of %d", rng.IntN(1e6), rng.Uint64()), strings.Repeat("a1", 3000), "01.02.003 -5 +6 1e9 3f2a91 3f2a9g", "mac 52:54:00:ab:cd:ef at 12:34:56.789", "aa:bb", "aa:bb:", "a:aa:bb:cc:d", "00:11:22:33:44:5", "de:ad:be",
 	}
 }
 
@@ -185,8 +185,8 @@ func TestMatches(t *testing.T) {
 		text, needle string
 		want         int
 	}{
-		{"core\xf8volume \xff resized", "resized", 1}, {"core\xf8volume \xff resized", "gone", -1}, {"core\xf8volume \xff resized", "e 5", 0},
-		{"core\xf8vm \xfc gone", "abc", 0}, {"core\xf8fixed", "x1", -1}, {"core\xf8fixed", "core", -1}, {"c\xf8a\xffb", "ab", -1},
+		{"volume \xff resized", "resized", 1}, {"volume \xff resized", "gone", -1}, {"volume \xff resized", "e 5", 0},
+		{"vm \xfc gone", "abc", 0}, {"fixed", "x1", -1}, {"fixed", "core", -1}, {"a\xffb", "ab", -1},
 	} {
 		s, err := ParseShape(1, c.text)
 		if err != nil {
@@ -229,7 +229,7 @@ func FuzzOpen(f *testing.F) {
 }
 
 func FuzzShape(f *testing.F) {
-	f.Add("core\xf8a \xff b\xf8k\xf8\xfd\x08")
+	f.Add("a \xff b\xf8k\xf8\xfd\x08")
 	f.Fuzz(func(t *testing.T, s string) { _, _ = ParseShape(1, s) })
 }
 

@@ -44,6 +44,9 @@ type Reader struct {
 	objs     bits.Column
 	nums     []uint32
 	shapes   []*Shape
+	comp     bits.Column // index into compNums
+	compNums []uint32
+	comps    []*Shape
 	tail     []byte // from the variable parts on, read when first needed
 	ready    bool
 	cols     []bits.Column
@@ -120,24 +123,11 @@ func (r *Reader) Open(b []byte, firstRow int) error {
 	if r.flags&flagOrder != 0 {
 		c.read(&r.order, n)
 	}
-	shapes := c.uvarint()
-	if c.err != nil || shapes == 0 || shapes > uint64(n) {
-		return ErrBad
-	}
-	var nums bits.Column
-	c.read(&nums, int(shapes))
-	c.read(&r.index, n)
+	r.compNums = c.index(r.compNums[:0], &r.comp, n)
+	r.nums = c.index(r.nums[:0], &r.index, n)
 	c.read(&r.objN, n)
 	if c.err != nil {
 		return ErrBad
-	}
-	r.nums = r.nums[:0]
-	for i := range int(shapes) {
-		v := nums.At(i)
-		if v > 1<<32-1 {
-			return ErrBad
-		}
-		r.nums = append(r.nums, uint32(v))
 	}
 	total := uint64(0)
 	r.objAt = r.objAt[:0]
@@ -175,6 +165,28 @@ func (c *colReader) read(col *bits.Column, n int) {
 	if c.err == nil {
 		*col, c.b, c.err = bits.Read(c.b, n)
 	}
+}
+
+// index reads what appendIndex has written.
+func (c *colReader) index(nums []uint32, col *bits.Column, n int) []uint32 {
+	count := c.uvarint()
+	if c.err == nil && (count == 0 || count > uint64(n)) {
+		c.err = ErrBad
+	}
+	if c.err != nil {
+		return nums
+	}
+	var list bits.Column
+	c.read(&list, int(count))
+	c.read(col, n)
+	for i := 0; c.err == nil && i < int(count); i++ {
+		v := list.At(i)
+		if v > 1<<32-1 {
+			c.err = ErrBad
+		}
+		nums = append(nums, uint32(v))
+	}
+	return nums
 }
 
 func (c *colReader) uvarint() uint64 {
@@ -239,16 +251,13 @@ func (r *Reader) prepare() error {
 	if r.ready {
 		return nil
 	}
-	r.shapes, r.cols, r.colAt, r.rank = r.shapes[:0], r.cols[:0], r.colAt[:0], r.rank[:0]
-	for _, num := range r.nums {
-		var s *Shape
-		if num != 0 {
-			var err error
-			if s, err = r.names.Shape(num); err != nil {
-				return err
-			}
-		}
-		r.shapes = append(r.shapes, s)
+	r.cols, r.colAt, r.rank = r.cols[:0], r.colAt[:0], r.rank[:0]
+	var err error
+	if r.shapes, err = r.resolve(r.shapes[:0], r.nums); err != nil {
+		return err
+	}
+	if r.comps, err = r.resolve(r.comps[:0], r.compNums); err != nil {
+		return err
 	}
 	var small [16]uint16
 	count := small[:0]
@@ -262,6 +271,9 @@ func (r *Reader) prepare() error {
 		}
 		r.rank = append(r.rank, count[k])
 		count[k]++
+		if m := r.comp.At(i); m >= uint64(len(r.comps)) || (r.comps[m] == nil) != (r.shapes[k] == nil) {
+			return ErrBad
+		}
 	}
 	c := colReader{b: r.tail}
 	for k, s := range r.shapes {
@@ -271,17 +283,16 @@ func (r *Reader) prepare() error {
 		}
 		r.colAt = append(r.colAt, len(r.cols))
 		for _, mark := range slots {
-			var col bits.Column
 			n := int(count[k])
 			if mark == markString {
 				n++
 			}
-			c.read(&col, n)
-			r.cols = append(r.cols, col)
+			// Each slot has two places; only a UUID needs the second.
+			r.cols = append(r.cols, bits.Column{}, bits.Column{})
+			c.read(&r.cols[len(r.cols)-2], n)
 			if mark == markUUID {
-				c.read(&col, n)
+				c.read(&r.cols[len(r.cols)-1], n)
 			}
-			r.cols = append(r.cols, col)
 		}
 	}
 	raw, stored := c.uvarint(), c.uvarint()
@@ -303,6 +314,30 @@ func (r *Reader) prepare() error {
 	r.ready = true
 	return nil
 }
+
+func (r *Reader) resolve(dst []*Shape, nums []uint32) ([]*Shape, error) {
+	for _, num := range nums {
+		var s *Shape
+		if num != 0 {
+			var err error
+			if s, err = r.names.Shape(num); err != nil {
+				return dst, err
+			}
+		}
+		dst = append(dst, s)
+	}
+	return dst, nil
+}
+
+// Components are the distinct components of the block, nil for rows stored whole; ComponentIndex refers to
+// them.
+func (r *Reader) Components() ([]*Shape, error) {
+	err := r.prepare()
+	return r.comps, err
+}
+
+// ComponentIndex is a row's index into Components, which must have been called for the block.
+func (r *Reader) ComponentIndex(i int) int { return int(r.comp.At(i)) }
 
 // Hash is a row's hash of the audit chain, or nil.
 func (r *Reader) Hash(i int) ([]byte, error) {
@@ -424,12 +459,11 @@ func (r *Reader) AppendMessage(dst []byte, i int) ([]byte, error) {
 
 // Component is a row's component.
 func (r *Reader) Component(i int) (string, error) {
-	s, err := r.Shape(i)
-	if err != nil {
+	if err := r.prepare(); err != nil {
 		return "", err
 	}
-	if s != nil {
-		return s.Component, nil
+	if c := r.comps[r.comp.At(i)]; c != nil {
+		return c.Text(), nil
 	}
 	k := r.index.At(i)
 	lit, err := r.stringAt(&r.cols[r.colAt[k]], int(r.rank[i]))

@@ -1,9 +1,9 @@
 // Package block is the codec of packed entries: some hundred entries of one level, ordered by time and id,
 // as columns of integers in one value. Any row can be read without reading the others.
 //
-// What makes it small is that log text repeats: an entry is taken apart into its shape (component, the fixed
-// text of the message, label keys and the fixed text of label values), which is stored once for the whole
-// store and named by a number, and the variable parts (numbers, hexadecimal words, UUIDs, names of the
+// What makes it small is that log text repeats: an entry is taken apart into its component and its shape (the
+// fixed text of the message, label keys and the fixed text of label values), which are stored once for the
+// whole store and named by a number, and the variable parts (numbers, hexadecimal words, UUIDs, names of the
 // entry's own objects), which become columns by shape. What has no shape that others share is stored whole,
 // and compressed with the rest of its kind in the block. docs/formats-log.md has the layout byte by byte.
 package block
@@ -63,6 +63,7 @@ type Encoder struct {
 	idb    []uint64
 	order  []uint64 // arrival number in the segment
 	shape  []*Shape
+	comp   []*Shape
 	varAt  []int // first of vars of each row
 	objN   []uint64
 	objs   []uint64
@@ -95,7 +96,7 @@ func (e *Encoder) reset() {
 	e.n, e.v7 = 0, true
 	e.times, e.ids, e.idEnds = e.times[:0], e.ids[:0], e.idEnds[:0]
 	e.ms, e.ida, e.idb = e.ms[:0], e.ida[:0], e.idb[:0]
-	e.order, e.shape, e.varAt = e.order[:0], e.shape[:0], e.varAt[:0]
+	e.order, e.shape, e.comp, e.varAt = e.order[:0], e.shape[:0], e.comp[:0], e.varAt[:0]
 	e.objN, e.objs, e.hashes = e.objN[:0], e.objs[:0], e.hashes[:0]
 	e.h.vars, e.h.arena = e.h.vars[:0], e.h.arena[:0]
 }
@@ -109,20 +110,24 @@ func (e *Encoder) Add(v *rec.View, order uint32, objs []uint32, hash []byte) err
 	e.varAt = append(e.varAt, len(e.h.vars))
 	arena := len(e.h.arena)
 	e.h.entry(v)
+	comp, err := e.shapes.Intern(v.Component)
+	if err != nil {
+		return err
+	}
 	var s *Shape
 	if len(e.h.text) <= MaxShape {
-		var err error
 		if s, err = e.shapes.Intern(e.h.text); err != nil {
 			return err
 		}
 	}
-	if s == nil {
+	if s == nil || comp == nil {
+		s, comp = nil, nil
 		e.h.vars = e.h.vars[:e.varAt[e.n]]
 		e.h.arena = e.h.arena[:arena]
 		e.h.arena = literal(e.h.arena, v)
 		e.h.vars = append(e.h.vars, uint64(arena)<<stringShift|uint64(len(e.h.arena)-arena))
 	}
-	e.shape = append(e.shape, s)
+	e.shape, e.comp = append(e.shape, s), append(e.comp, comp)
 	e.times = append(e.times, v.Time)
 	e.ids = append(e.ids, v.ID...)
 	e.idEnds = append(e.idEnds, uint64(len(e.ids)))
@@ -176,10 +181,8 @@ func (e *Encoder) Encode(dst []byte, firstRow int) []byte {
 		}
 		dst = bits.Append(dst, e.order)
 	}
-	e.indexShapes()
-	dst = binary.AppendUvarint(dst, uint64(len(e.list)))
-	dst = bits.Append(dst, e.nums)
-	dst = bits.Append(dst, e.index)
+	dst = e.appendIndex(dst, e.comp)
+	dst = e.appendIndex(dst, e.shape)
 	dst = bits.Append(dst, e.objN)
 	dst = bits.Append(dst, e.objs)
 	dst = e.appendVars(dst)
@@ -217,11 +220,12 @@ func (e *Encoder) appendTimes(dst []byte) []byte {
 	return bits.Append(dst, e.col)
 }
 
-// indexShapes lists the distinct shapes of the block in order of first use; a row without shape has number 0.
-func (e *Encoder) indexShapes() {
+// appendIndex writes the distinct shapes of rows in the order of first use, and each row's index into them,
+// which stay in list and index. nil has number 0.
+func (e *Encoder) appendIndex(dst []byte, shapes []*Shape) []byte {
 	e.list, e.nums, e.index = e.list[:0], e.nums[:0], e.index[:0]
 rows:
-	for _, s := range e.shape {
+	for _, s := range shapes {
 		for k, x := range e.list {
 			if x == s {
 				e.index = append(e.index, uint64(k))
@@ -236,6 +240,9 @@ rows:
 		}
 		e.nums = append(e.nums, num)
 	}
+	dst = binary.AppendUvarint(dst, uint64(len(e.list)))
+	dst = bits.Append(dst, e.nums)
+	return bits.Append(dst, e.index)
 }
 
 // appendVars writes the columns of each shape's slots and fills the heap.

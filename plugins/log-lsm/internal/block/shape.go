@@ -12,7 +12,7 @@ import (
 // Marks stand in a shape where an entry has a variable part. They are bytes that UTF-8 never uses, so they
 // cannot stem from the entry's own text. They are on disk and never change.
 const (
-	markSep    = 0xF8 // between component, message, label keys and label values
+	markSep    = 0xF8 // between message, label keys and label values
 	markString = 0xF9 // any text: an offset into the block's heap
 	markObject = 0xFA // + index: the entry's object of that index, which is stored anyway
 	markUUID   = 0xFC // a canonical UUID: two numbers
@@ -24,14 +24,19 @@ const (
 // MaxShape is the longest shape in bytes; entries with longer fixed text are stored whole.
 const MaxShape = 4096
 
-// Shape is what entries of one kind have in common: component, fixed text of the message, label keys, fixed
-// text of label values.
+// Shape is what entries of one kind have in common: fixed text of the message, label keys, fixed text of label
+// values. A component is a shape that is all fixed text.
 type Shape struct {
-	Num       uint32
-	Component string
-	message   []piece
-	labels    []label
-	slots     []byte // mark of each variable part, in order
+	Num     uint32
+	message []piece
+	labels  []label
+	slots   []byte // mark of each variable part, in order
+}
+
+// Text is the text of a shape that has no variable parts and no labels: a component.
+func (s *Shape) Text() string {
+	t, _ := plain(s.message)
+	return t
 }
 
 type label struct {
@@ -88,15 +93,11 @@ func ParseShape(num uint32, text string) (*Shape, error) {
 	}
 	lit(len(text))
 	fields = append(fields, pieces)
-	if len(fields) < 2 || len(fields)%2 != 0 {
+	if len(fields)%2 != 1 {
 		return nil, ErrBad
 	}
-	var ok bool
-	if s.Component, ok = plain(fields[0]); !ok {
-		return nil, ErrBad
-	}
-	s.message = fields[1]
-	for f := fields[2:]; len(f) > 0; f = f[2:] {
+	s.message = fields[0]
+	for f := fields[1:]; len(f) > 0; f = f[2:] {
 		key, ok := plain(f[0])
 		if !ok {
 			return nil, ErrBad
@@ -184,8 +185,7 @@ func (h *shaper) entry(v *rec.View) {
 		o, rest = rec.NextObject(rest)
 		objs = append(objs, o)
 	}
-	h.text = append(h.text[:0], v.Component...)
-	h.text = append(h.text, markSep)
+	h.text = h.text[:0]
 	h.field(v.Message, objs)
 	v.Labels(func(k, val []byte) {
 		h.text = append(h.text, markSep)
@@ -231,6 +231,19 @@ func (h *shaper) field(s []byte, objs [][]byte) {
 			lit = i
 			continue
 		}
+		if n := pairs(s[i:]); n > 0 {
+			h.text = append(h.text, s[lit:i]...)
+			for end := i + n; ; i += 3 {
+				h.hex(s[i : i+2])
+				if i+2 >= end {
+					break
+				}
+				h.text = append(h.text, ':')
+			}
+			i += 2
+			lit = i
+			continue
+		}
 		j := i
 		var seen byte
 		for j < len(s) {
@@ -259,6 +272,26 @@ func (h *shaper) field(s []byte, objs [][]byte) {
 		i = j
 	}
 	h.text = append(h.text, s[lit:]...)
+}
+
+// pairs is the length of two-digit hexadecimal numbers with colons between them at the front of s, of which
+// there are at least three: hardware addresses, and times of day.
+func pairs(s []byte) int {
+	n := 0
+	for {
+		if len(s) < n+2 || class[s[n]]&(clsDigit|clsHex) == 0 || class[s[n+1]]&(clsDigit|clsHex) == 0 {
+			return 0
+		}
+		n += 2
+		if len(s) > n && s[n] == ':' {
+			n++
+			continue
+		}
+		if len(s) > n && class[s[n]] != 0 || n < 8 {
+			return 0
+		}
+		return n
+	}
 }
 
 func objectAt(s []byte, objs [][]byte) (int, bool) {

@@ -37,7 +37,7 @@ type cursor struct {
 	blk  *block.Reader
 	buf  []byte
 	cur  int // block in blk, -1 none
-	dec  []int8
+	dec  decision
 	at   int // row within the block
 	time int64
 	id   []byte
@@ -135,7 +135,7 @@ func (c *cursor) load(n int) bool {
 		err = fmt.Errorf("block %d of segment %d/%d has %d rows: %w", n, c.seg.level, c.seg.id, c.blk.Len(), block.ErrBad)
 	}
 	if err == nil && c.match != nil {
-		c.dec, err = c.match.decide(c.blk, c.dec[:0])
+		err = c.match.decide(c.blk, &c.dec)
 	}
 	if err != nil {
 		if errors.Is(err, pebble.ErrNotFound) && !c.s.hasSegment(c.seg) {
@@ -191,7 +191,7 @@ func (c *cursor) next() bool {
 			}
 		}
 		if c.match != nil {
-			ok, err := c.match.row(c.blk, c.at, c.dec)
+			ok, err := c.match.row(c.blk, c.at, &c.dec)
 			if err != nil {
 				c.fail(err)
 				continue

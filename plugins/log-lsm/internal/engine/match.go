@@ -36,26 +36,38 @@ func newMatcher(q *log.Query) *matcher {
 	return m
 }
 
-// decide tells for each shape of a block whether all (1), none (-1) or some (0) of its entries match.
-func (m *matcher) decide(b *block.Reader, dec []int8) ([]int8, error) {
+// decision tells for each shape and component of a block whether all (1), none (-1) or some (0) of its entries
+// match.
+type decision struct{ shapes, comps []int8 }
+
+func (m *matcher) decide(b *block.Reader, d *decision) error {
 	shapes, err := b.Shapes()
 	if err != nil {
-		return dec, err
+		return err
 	}
+	d.shapes, d.comps = d.shapes[:0], d.comps[:0]
 	for _, s := range shapes {
-		d := int8(0)
+		x := int8(0)
 		if s != nil {
-			d = m.shape(s)
+			x = m.shape(s)
 		}
-		dec = append(dec, d)
+		d.shapes = append(d.shapes, x)
 	}
-	return dec, nil
+	comps, err := b.Components()
+	for _, c := range comps {
+		x := int8(0)
+		switch {
+		case len(m.components) == 0 || c != nil && slices.Contains(m.components, c.Text()):
+			x = 1
+		case c != nil:
+			x = -1
+		}
+		d.comps = append(d.comps, x)
+	}
+	return err
 }
 
 func (m *matcher) shape(s *block.Shape) int8 {
-	if len(m.components) > 0 && !slices.Contains(m.components, s.Component) {
-		return -1
-	}
 	sure := true
 	for k, v := range m.labels {
 		switch s.Label(k, v) {
@@ -76,28 +88,26 @@ func (m *matcher) shape(s *block.Shape) int8 {
 			sure = false
 		}
 	}
-	if sure && len(m.nums) == 0 {
+	if sure {
 		return 1
 	}
 	return 0
 }
 
-// row says whether a row matches; dec is of its block.
-func (m *matcher) row(b *block.Reader, i int, dec []int8) (bool, error) {
-	switch dec[b.ShapeIndex(i)] {
-	case 1:
-		return true, nil
-	case -1:
+// row says whether a row matches; d is of its block.
+func (m *matcher) row(b *block.Reader, i int, d *decision) (bool, error) {
+	byShape, byComp := d.shapes[b.ShapeIndex(i)], d.comps[b.ComponentIndex(i)]
+	if byShape < 0 || byComp < 0 || len(m.nums) > 0 && !m.objects(b, i) {
 		return false, nil
 	}
-	if len(m.nums) > 0 && !m.objects(b, i) {
-		return false, nil
-	}
-	if len(m.components) > 0 {
+	if byComp == 0 {
 		c, err := b.Component(i)
 		if err != nil || !slices.Contains(m.components, c) {
 			return false, err
 		}
+	}
+	if byShape == 1 {
+		return true, nil
 	}
 	if m.contains != "" {
 		var err error

@@ -9,7 +9,7 @@
 //
 // The list is: uvarint count, 1 byte k, then for each row the difference to the one before (less one; the
 // first to -1) as quotient in unary (ones, then a zero) and k low bits, from the lowest bit of each byte up.
-// The shorter of list and bitmap is stored.
+// The shorter of list and bitmap is stored. A list of length 2 is a single row, little-endian.
 package posting
 
 import (
@@ -37,6 +37,10 @@ func (b *Builder) Reset() { b.present, b.body = 0, b.body[:0] }
 // Add gives the rows, ascending and without repetition, of the object with these six low bits.
 func (b *Builder) Add(low uint32, rows []uint16) {
 	b.present |= 1 << (low & 63)
+	if len(rows) == 1 {
+		b.body = binary.LittleEndian.AppendUint16(append(b.body, 2<<1), rows[0])
+		return
+	}
 	b.tmp = appendList(b.tmp[:0], rows)
 	last := int(rows[len(rows)-1])
 	if size := last/8 + 1; size < len(b.tmp) {
@@ -154,6 +158,9 @@ func (l List) Rows(dst []uint16) ([]uint16, error) {
 			}
 		}
 		return dst, nil
+	}
+	if len(l.data) == 2 {
+		return append(dst, binary.LittleEndian.Uint16(l.data)), nil
 	}
 	count, n := binary.Uvarint(l.data)
 	if n <= 0 || count > MaxRows || n >= len(l.data) || l.data[n] > 16 {
