@@ -137,7 +137,7 @@ func (v *vm) run(want bool, command string) {
 	if !want {
 		ok = "no"
 	}
-	v.wait("\n"+ok, 60*time.Second)
+	v.wait("\n"+ok, 120*time.Second)
 }
 
 // TestRealGuests boots Linux on a TAP and on vhost-user, and lets them use the network.
@@ -172,8 +172,8 @@ ip route replace default via 198.51.100.1`)
 		vms = append(vms, boot(t, p, files, fmt.Sprintf("vm%d", i), nic, mode))
 	}
 	for _, v := range vms {
-		v.wait("mvirt-guest: address eth0 "+v.nic.IPv4.String()+"/32", 120*time.Second)
-		v.wait("login:", 60*time.Second)
+		v.wait("mvirt-guest: address eth0 "+v.nic.IPv4.String()+"/32", 300*time.Second)
+		v.wait("login:", 120*time.Second)
 		fmt.Fprintf(v.in, "root\n")
 		v.wait("#", 30*time.Second)
 	}

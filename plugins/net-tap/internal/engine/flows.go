@@ -69,8 +69,7 @@ type flowEntry struct {
 type flowKey struct {
 	a, b         wire.IP6
 	aPort, bPort uint16
-	proto        uint8
-	_            [3]byte
+	proto        uint32 // no padding: keys are compared as memory
 }
 
 // States of an entry.
@@ -100,7 +99,7 @@ func (e *flowEntry) timeout() uint32 {
 	case flowClosing:
 		return timeoutClosing
 	}
-	if e.key.proto == wire.ProtoTCP {
+	if e.key.proto == wire.ProtoTCP { // the others have no states
 		return timeoutTCP
 	}
 	return timeoutUDP
@@ -164,16 +163,13 @@ type tuple struct {
 
 // keyOf orders the ends; fromB says that the source is b.
 func (t *tuple) keyOf() (k flowKey, fromB bool) {
-	for i := range t.src {
-		if t.src[i] != t.dst[i] {
-			fromB = t.src[i] > t.dst[i]
-			break
-		}
+	be := binary.BigEndian
+	s, d := be.Uint64(t.src[:]), be.Uint64(t.dst[:])
+	if s == d {
+		s, d = be.Uint64(t.src[8:]), be.Uint64(t.dst[8:])
 	}
-	if t.src == t.dst {
-		fromB = t.sport > t.dport
-	}
-	k.proto = t.proto
+	fromB = s > d || s == d && t.sport > t.dport
+	k.proto = uint32(t.proto)
 	if fromB {
 		k.a, k.b, k.aPort, k.bPort = t.dst, t.src, t.dport, t.sport
 	} else {

@@ -49,6 +49,7 @@ type Options struct {
 	BufLen   int // bytes of a receive buffer; 2048
 	TxLen    int // bytes of a send buffer; 2048
 	Inflight bool
+	Poll     bool // the driver polls: it wants no calls
 }
 
 // Queue is one ring, the driver's side.
@@ -182,7 +183,13 @@ func (d *Driver) offer(q *Queue, head uint16) {
 
 func (d *Driver) word(off int) *atomic.Uint32 { return (*atomic.Uint32)(unsafe.Pointer(&d.Mem[off])) }
 
-func (d *Driver) publish(q *Queue) { d.word(q.Avail).Store(uint32(q.AvailIdx) << 16) }
+func (d *Driver) publish(q *Queue) {
+	flags := uint32(0)
+	if d.opt.Poll {
+		flags = 1
+	}
+	d.word(q.Avail).Store(uint32(q.AvailIdx)<<16 | flags)
+}
 
 // Offer makes chains available, as tests of malformed ones want to.
 func (d *Driver) Offer(queue int, heads ...uint16) {
