@@ -14,7 +14,9 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"os/user"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -46,6 +48,7 @@ type Options struct {
 	Bin   string   // directory with the binaries; they are copied
 	Kinds []string // plugins; none: all four, or all but net without root
 	Args  map[string][]string
+	User  string // as root: run all of it as this ordinary user, who gets the directories
 	// Config may change the configuration's text before it is written.
 	Config func(string) string
 	Log    io.Writer // nil: the file mvirtd.log in the directory
@@ -56,6 +59,7 @@ type System struct {
 	Place
 	Socket string
 	opt    Options
+	cred   *syscall.Credential // of mvirtd and the CLI; nil: the caller's
 	cmd    *exec.Cmd
 	done   chan struct{} // closed when mvirtd has ended
 	err    error         // of mvirtd; after done
@@ -81,6 +85,19 @@ func MakeUsers(ctx context.Context) error {
 	return nil
 }
 
+func credential(name string) (*syscall.Credential, error) {
+	u, err := user.Lookup(name)
+	if err != nil {
+		return nil, err
+	}
+	uid, err := strconv.ParseUint(u.Uid, 10, 32)
+	if err != nil {
+		return nil, err
+	}
+	gid, err := strconv.ParseUint(u.Gid, 10, 32)
+	return &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}, err
+}
+
 // binaries by the kind of plugin.
 var binaries = map[string]string{"storage": "mvirt-dir", "net": "mvirt-net", "vmm": "mvirt-qemu", "log": "mvirt-log"}
 
@@ -88,7 +105,17 @@ var binaries = map[string]string{"storage": "mvirt-dir", "net": "mvirt-net", "vm
 // plugins are up. A system that did not start is stopped again; its log is part of the error.
 func Start(ctx context.Context, opt Options) (*System, error) {
 	s := &System{Place: opt.Place, Socket: filepath.Join(opt.Place.Run, "mvirt.sock"), opt: opt}
-	root := os.Geteuid() == 0
+	root := os.Geteuid() == 0 && opt.User == ""
+	if opt.User != "" {
+		if err := MakeUsers(ctx); err != nil {
+			return nil, err
+		}
+		cred, err := credential(opt.User)
+		if err != nil {
+			return nil, err
+		}
+		s.cred = cred
+	}
 	if opt.Kinds == nil {
 		s.opt.Kinds = []string{"log", "storage", "net", "vmm"}
 		if !root {
@@ -103,6 +130,11 @@ func Start(ctx context.Context, opt Options) (*System, error) {
 	for _, d := range []string{opt.Place.Dir, filepath.Join(opt.Place.Dir, "bin"), opt.Place.Run} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
 			return nil, err
+		}
+		if s.cred != nil {
+			if err := os.Chown(d, int(s.cred.Uid), int(s.cred.Gid)); err != nil {
+				return nil, err
+			}
 		}
 		if err := os.Chmod(d, 0o755); err != nil { // whatever the umask is
 			return nil, err
@@ -194,7 +226,7 @@ func (s *System) Launch(ctx context.Context) error {
 	// Not bound to ctx: it ends in order, by Stop.
 	s.cmd = exec.Command(filepath.Join(s.Dir, "bin", "mvirtd"), "--config", s.ConfigPath())
 	s.cmd.Stdout, s.cmd.Stderr, s.cmd.Dir = log, log, "/"
-	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Credential: s.cred}
 	if err := s.cmd.Start(); err != nil {
 		return err
 	}
@@ -288,6 +320,9 @@ func (s *System) LogTail(lines int) string {
 func (s *System) Command(ctx context.Context, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, filepath.Join(s.Dir, "bin", "mvirt"), args...)
 	cmd.Env = append(os.Environ(), "MVIRT_SOCKET="+s.Socket, "NO_COLOR=1")
+	if s.cred != nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: s.cred}
+	}
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = 5 * time.Second
 	return cmd

@@ -128,7 +128,7 @@ func (a *app) print(cmd *cobra.Command, err error) {
 	if remedy == "" && errors.As(err, &u) && cmd != nil {
 		remedy = "see " + cmd.CommandPath() + " --help"
 	}
-	message := err.Error()
+	message := sentence(err)
 	if a.structured() {
 		o := render.Object{
 			{Key: "message", Value: message}, {Key: "kind", Value: errs.KindOf(err).String()}, {Key: "exit_code", Value: code},
@@ -149,6 +149,32 @@ func (a *app) print(cmd *cobra.Command, err error) {
 	if remedy != "" {
 		fmt.Fprintln(a.std.Err, render.Paint(color, render.Cyan, "to do:")+" "+render.Clean(remedy))
 	}
+}
+
+// sentence is the error without the names of internal calls, which tell a user nothing.
+func sentence(err error) string {
+	var u usage
+	if errors.As(err, &u) {
+		err = u.error
+	}
+	e, ok := err.(*errs.Error) //nolint:errorlint // only the outermost: its causes are walked one by one
+	if !ok {
+		return err.Error()
+	}
+	var parts []string
+	if r := e.Resource.String(); r != "" && !strings.Contains(e.Message, firstOf(e.Resource.Name, e.Resource.ID)) {
+		parts = append(parts, r)
+	}
+	if e.Message != "" {
+		parts = append(parts, e.Message)
+	}
+	if e.Err != nil {
+		parts = append(parts, sentence(e.Err))
+	}
+	if e.Message == "" && e.Err == nil {
+		parts = append(parts, e.Kind.String())
+	}
+	return strings.Join(parts, ": ")
 }
 
 func fieldOf(err error) string {

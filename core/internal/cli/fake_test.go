@@ -13,7 +13,6 @@ import (
 	"testing"
 	"time"
 
-	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -21,6 +20,8 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/mvirt/mvirt/core/apiv1"
+	"github.com/mvirt/mvirt/sdk/errs"
+	"github.com/mvirt/mvirt/sdk/errs/grpcerr"
 )
 
 var update = flag.Bool("update", false, "write the golden files")
@@ -115,11 +116,9 @@ func (f *fake) answer(m string, resp proto.Message) {
 }
 
 // fail makes a method fail with what a core sends.
-func (f *fake) fail(m string, code codes.Code, msg, field, remedy string) {
-	st := status.New(code, msg)
-	st, _ = st.WithDetails(&errdetails.BadRequest{FieldViolations: []*errdetails.BadRequest_FieldViolation{{Field: field, Description: msg}}},
-		&errdetails.Help{Links: []*errdetails.Help_Link{{Description: remedy}}}, &errdetails.ErrorInfo{Reason: "A_REASON", Domain: "mvirt"})
-	f.unary[m] = func(proto.Message) (proto.Message, error) { return nil, st.Err() }
+func (f *fake) fail(m string, kind errs.Kind, msg, field, remedy string) {
+	err := grpcerr.ToStatus(&errs.Error{Op: "kind.Method", Kind: kind, Message: msg, Field: field, Remedy: remedy, Reason: "A_REASON"})
+	f.unary[m] = func(proto.Message) (proto.Message, error) { return nil, err }
 }
 
 // send makes a stream send these messages, then end.

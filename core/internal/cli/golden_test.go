@@ -8,10 +8,10 @@ import (
 	"strings"
 	"testing"
 
-	"google.golang.org/grpc/codes"
 	"gopkg.in/yaml.v3"
 
 	"github.com/mvirt/mvirt/core/apiv1"
+	"github.com/mvirt/mvirt/sdk/errs"
 )
 
 var nouns = []string{"template", "import", "volume", "snapshot", "network", "nic", "sg", "vm", "plugin", "operation"}
@@ -110,13 +110,13 @@ func TestEmptyLists(t *testing.T) {
 // TestErrors checks message, remedy, JSON form and exit code for each kind of failure.
 func TestErrors(t *testing.T) {
 	f := world(t)
-	for code, want := range map[codes.Code]int{codes.InvalidArgument: exitInvalid, codes.NotFound: exitNotFound, codes.AlreadyExists: exitExists, codes.FailedPrecondition: exitPrecondition,
-		codes.Aborted: exitConflict, codes.ResourceExhausted: exitExhausted, codes.Unavailable: exitUnavailable, codes.PermissionDenied: exitDenied, codes.Unauthenticated: exitDenied,
-		codes.DeadlineExceeded: exitDeadline, codes.Unimplemented: exitUnsupported, codes.DataLoss: exitCorrupt, codes.Canceled: exitCanceled, codes.Internal: exitError, codes.OutOfRange: exitInvalid} {
-		f.fail("VMs.Start", code, "it did not work", "a_field", "do something else")
+	for kind, want := range map[errs.Kind]int{errs.Invalid: exitInvalid, errs.NotFound: exitNotFound, errs.Exists: exitExists, errs.Precondition: exitPrecondition,
+		errs.Conflict: exitConflict, errs.Exhausted: exitExhausted, errs.Unavailable: exitUnavailable, errs.Denied: exitDenied, errs.Unauthorized: exitDenied,
+		errs.Deadline: exitDeadline, errs.Unsupported: exitUnsupported, errs.Corrupt: exitCorrupt, errs.Canceled: exitCanceled, errs.Internal: exitError, errs.OutOfRange: exitInvalid} {
+		f.fail("VMs.Start", kind, "it did not work", "a_field", "do something else")
 		r := f.run(t, "", "vm", "start", "web")
 		if r.code != want || r.out != "" || r.err != "error: it did not work\nto do: do something else\n" {
-			t.Errorf("%v: code %d (want %d), %q, %q", code, r.code, want, r.out, r.err)
+			t.Errorf("%v: code %d (want %d), %q, %q", kind, r.code, want, r.out, r.err)
 		}
 		r = f.run(t, "", "vm", "start", "web", "-o", "json")
 		var e struct {
@@ -126,7 +126,7 @@ func TestErrors(t *testing.T) {
 			}
 		}
 		if err := json.Unmarshal([]byte(r.err), &e); err != nil || e.Error.Message != "it did not work" || e.Error.ExitCode != want || e.Error.Field != "a_field" || e.Error.Remedy != "do something else" || e.Error.Reason != "A_REASON" {
-			t.Errorf("%v as JSON: %q, %v", code, r.err, err)
+			t.Errorf("%v as JSON: %q, %v", kind, r.err, err)
 		}
 	}
 	t.Run("several", func(t *testing.T) {

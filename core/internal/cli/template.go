@@ -185,6 +185,9 @@ func (a *app) followImport(stream importStream) (*apiv1.Template, error) {
 			return nil, err
 		}
 		last = i
+		if s := i.GetState(); s == "done" || s == "failed" || s == "canceled" {
+			continue
+		}
 		bar.Update(firstOf(i.GetPhase(), i.GetState()), i.GetDoneBytes(), i.GetTotalBytes())
 	}
 	switch {

@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -390,7 +391,7 @@ func (a *app) vmWaitCommand() *cobra.Command {
 				}
 				return len(waiting) == 0, nil
 			})
-			if err != nil && ctx.Err() != nil && cmd.Context().Err() == nil {
+			if errors.Is(err, errs.Deadline) && timeout > 0 {
 				return errs.New(errs.Deadline, "not %s within %v: %s", until, timeout, strings.Join(values(waiting), ", ")).Do("see mvirt vm show, or give a longer --timeout")
 			}
 			return err
