@@ -62,6 +62,9 @@ func (c *converter) raw(ctx context.Context) (int64, error) {
 		if err := c.checkSize(size); err != nil {
 			return 0, err
 		}
+		if err := c.dst.Grow((size + 511) &^ 511); err != nil {
+			return 0, err
+		}
 		end.Store(size)
 	}
 	g, ctx := errgroup.WithContext(ctx)

@@ -34,6 +34,9 @@ var crashPoints = flag.Int("crash-points", 20, "random places at which TestRealK
 const mib = 1 << 20
 
 func TestMain(m *testing.M) {
+	if base := filepath.Base(os.Args[0]); base == "zfs" || base == "zpool" {
+		os.Exit(fakeMain(base, os.Args[1:]))
+	}
 	if len(os.Args) > 1 {
 		switch os.Args[1] {
 		case worker.Name:
@@ -413,7 +416,7 @@ func TestRealImport(t *testing.T) {
 }
 
 func TestRealPoolStates(t *testing.T) {
-	pool := realPool(t, 512*mib)
+	pool := realPool(t, 160*mib, "-O", "compression=off")
 	o := kitOptions()
 	o.Retry = 50 * time.Millisecond
 	s := open(t, pool, o)
@@ -433,14 +436,9 @@ func TestRealPoolStates(t *testing.T) {
 	t.Run("full", func(t *testing.T) {
 		fill := must(os.Create(filepath.Join(t.TempDir(), "big")))(t)
 		defer fill.Close()
-		r := rand.New(rand.NewPCG(1, 1))
-		b := make([]byte, mib)
-		for range 600 {
-			for k := 0; k < len(b); k += 8 {
-				v := r.Uint64()
-				b[k], b[k+1], b[k+2], b[k+3], b[k+4] = byte(v), byte(v>>8), byte(v>>16), byte(v>>24), byte(v>>32)
-			}
-			fill.Write(b)
+		b := noise(mib)
+		for range 200 {
+			must(fill.Write(b))(t)
 		}
 		_, err := kittest.Import(ctx, s, ident.New(), "big", fill.Name(), "")
 		if err == nil || !strings.Contains(err.Error(), "space") {
@@ -450,8 +448,6 @@ func TestRealPoolStates(t *testing.T) {
 		volume(t, s, storage.CreateVolumeRequest{Name: "w", SizeBytes: mib})
 	})
 	shut(t, s)
-	device := filepath.Dir(strings.Fields(command(t, "zpool", "status", "-P", pool))[0])
-	_ = device
 	dir := filepath.Dir(command(t, "sh", "-c", "zpool status -P "+pool+" | awk '/\\/disk/{print $1}'"))
 	command(t, "zpool", "export", pool)
 	s = open(t, pool, o)
@@ -530,11 +526,15 @@ func crashChild(args []string) int {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	defer cancel()
-	b, err := New(Options{Pool: args[0], Step: o.FailPoint})
-	if err != nil {
-		return 3
+	var s *storagekit.Service
+	if dir, ok := strings.CutPrefix(args[0], "fake:"); ok {
+		s, err = fakeService(ctx, dir, o)
+	} else {
+		var b *Backend
+		if b, err = New(Options{Pool: args[0], Step: o.FailPoint}); err == nil {
+			s, err = storagekit.Open(ctx, b, o)
+		}
 	}
-	s, err := storagekit.Open(ctx, b, o)
 	if err != nil {
 		fmt.Println(err)
 		return 3
