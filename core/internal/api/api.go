@@ -20,9 +20,9 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/mvirt/mvirt/core/apiv1"
-	"github.com/mvirt/mvirt/core/internal/api/bus"
 	"github.com/mvirt/mvirt/core/internal/api/peer"
 	"github.com/mvirt/mvirt/core/internal/audit"
+	"github.com/mvirt/mvirt/core/internal/bus"
 	"github.com/mvirt/mvirt/core/internal/config"
 	"github.com/mvirt/mvirt/core/internal/consolelog"
 	"github.com/mvirt/mvirt/core/internal/health"

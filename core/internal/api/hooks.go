@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"strings"
 
-	"github.com/mvirt/mvirt/core/internal/api/bus"
+	"github.com/mvirt/mvirt/core/internal/bus"
 	"github.com/mvirt/mvirt/core/internal/operation"
 	"github.com/mvirt/mvirt/core/internal/supervisor"
 	"github.com/mvirt/mvirt/sdk/ident"

@@ -15,8 +15,8 @@ import (
 	"google.golang.org/grpc/metadata"
 
 	"github.com/mvirt/mvirt/core/apiv1"
-	"github.com/mvirt/mvirt/core/internal/api/bus"
 	"github.com/mvirt/mvirt/core/internal/api/convert"
+	"github.com/mvirt/mvirt/core/internal/bus"
 	"github.com/mvirt/mvirt/core/internal/operation"
 	"github.com/mvirt/mvirt/sdk/errs"
 	"github.com/mvirt/mvirt/sdk/net"

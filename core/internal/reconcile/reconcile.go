@@ -30,7 +30,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"github.com/mvirt/mvirt/core/internal/api/bus"
+	"github.com/mvirt/mvirt/core/internal/bus"
 	"github.com/mvirt/mvirt/core/internal/health"
 	"github.com/mvirt/mvirt/core/internal/operation"
 	"github.com/mvirt/mvirt/core/internal/operation/plan"

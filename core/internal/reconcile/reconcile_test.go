@@ -14,7 +14,7 @@ import (
 
 	"go.uber.org/goleak"
 
-	"github.com/mvirt/mvirt/core/internal/api/bus"
+	"github.com/mvirt/mvirt/core/internal/bus"
 	"github.com/mvirt/mvirt/core/internal/fake"
 	"github.com/mvirt/mvirt/core/internal/health"
 	"github.com/mvirt/mvirt/core/internal/operation"

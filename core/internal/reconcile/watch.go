@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/mvirt/mvirt/core/internal/api/bus"
+	"github.com/mvirt/mvirt/core/internal/bus"
 	"github.com/mvirt/mvirt/sdk/vmm"
 )
 
