@@ -12,7 +12,7 @@ import (
 
 // Attach lets the owner's uid open the volume.
 func (s *Service) Attach(ctx context.Context, req storage.AttachRequest) (storage.Attachment, error) {
-	st, err := s.db()
+	st, err := s.db(ctx)
 	if err != nil {
 		return storage.Attachment{}, err
 	}
@@ -97,7 +97,7 @@ func (s *Service) revoke(ctx context.Context, o Object, uid uint32) error {
 
 // Detach takes the access away.
 func (s *Service) Detach(ctx context.Context, req storage.DetachRequest) error {
-	st, err := s.db()
+	st, err := s.db(ctx)
 	if err != nil {
 		return err
 	}

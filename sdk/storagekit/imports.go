@@ -49,8 +49,8 @@ type job struct {
 var errCanceled = errs.New(errs.Canceled, "the import was cancelled")
 
 // StartImport begins an import.
-func (s *Service) StartImport(_ context.Context, req storage.ImportRequest) (storage.Import, error) {
-	st, err := s.db()
+func (s *Service) StartImport(ctx context.Context, req storage.ImportRequest) (storage.Import, error) {
+	st, err := s.db(ctx)
 	if err != nil {
 		return storage.Import{}, err
 	}
@@ -403,7 +403,7 @@ func findImport(st *store.Store, ref string) (store.Import, error) {
 
 // WatchImport calls fn at each change until the import has ended.
 func (s *Service) WatchImport(ctx context.Context, req storage.Ref, fn func(storage.Import) error) error {
-	st, err := s.db()
+	st, err := s.db(ctx)
 	if err != nil {
 		return err
 	}
@@ -457,8 +457,8 @@ func (s *Service) WatchImport(ctx context.Context, req storage.Ref, fn func(stor
 }
 
 // ListImports lists running and ended ones, oldest first.
-func (s *Service) ListImports(context.Context) ([]storage.Import, error) {
-	st, err := s.db()
+func (s *Service) ListImports(ctx context.Context) ([]storage.Import, error) {
+	st, err := s.db(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -473,7 +473,7 @@ func (s *Service) ListImports(context.Context) ([]storage.Import, error) {
 
 // CancelImport stops an import and waits until nothing of it is left.
 func (s *Service) CancelImport(ctx context.Context, req storage.Ref) error {
-	st, err := s.db()
+	st, err := s.db(ctx)
 	if err != nil {
 		return err
 	}
@@ -539,7 +539,7 @@ func (s *Service) resumeImports() {
 
 // pruneImports forgets ended imports.
 func (s *Service) pruneImports() {
-	st, err := s.db()
+	st, err := s.db(s.ctx)
 	if err != nil {
 		return
 	}

@@ -69,7 +69,8 @@ type Service struct {
 	cancel context.CancelCauseFunc
 	work   sync.WaitGroup
 
-	store atomic.Pointer[store.Store] // nil until the place is ready
+	store   atomic.Pointer[store.Store] // nil until the place is ready
+	started chan struct{}               // closed when the place was looked at for the first time
 
 	mu         sync.Mutex
 	unready    error                        // why store is nil
@@ -108,41 +109,71 @@ func Open(ctx context.Context, b Backend, o Options) (*Service, error) {
 	s := &Service{
 		backend: b, opts: o, log: o.Log, fetcher: fetch.NewClient(o.Fetch),
 		conditions: map[string]service.Condition{}, reserved: map[string]string{}, jobs: map[string]*job{},
+		started: make(chan struct{}),
 	}
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
-	if err := s.becomeReady(ctx); err != nil {
-		if s.unready == nil { // not the place, but what is in it
-			s.cancel(err)
-			return nil, err
-		}
-		s.log.Warn("the place for volumes is not ready", "error", err)
+	type outcome struct {
+		fatal bool
+		err   error
 	}
-	s.work.Go(s.watch)
+	first := make(chan outcome, 1)
+	s.work.Go(func() {
+		fatal, err := s.becomeReady(s.ctx)
+		first <- outcome{fatal, err}
+		close(s.started)
+		if !fatal {
+			s.watch()
+		}
+	})
+	patience := time.NewTimer(startPatience)
+	defer patience.Stop()
+	select {
+	case o := <-first:
+		if o.fatal { // not the place, but what is in it
+			s.cancel(o.err)
+			s.work.Wait()
+			return nil, o.err
+		}
+		if o.err != nil {
+			s.log.Warn("the place for volumes is not ready", "error", o.err)
+		}
+	case <-patience.C:
+		// A host waits for no plugin longer than a few seconds; calls wait for the place instead.
+		s.log.Info("the place for volumes is slow; it is looked at in the background")
+	case <-ctx.Done():
+		s.cancel(ctx.Err())
+		return nil, ctx.Err()
+	}
 	return s, nil
 }
 
-// becomeReady opens the metadata and brings place and metadata together.
-func (s *Service) becomeReady(ctx context.Context) error {
+// startPatience is how long Open waits for the place, callPatience how long a call does while it is looked at
+// for the first time.
+const (
+	startPatience = 3 * time.Second
+	callPatience  = 30 * time.Second
+)
+
+// becomeReady opens the metadata and brings place and metadata together. fatal tells that trying again is of
+// no use.
+func (s *Service) becomeReady(ctx context.Context) (fatal bool, err error) {
+	defer func() { s.setUnready(err) }()
 	path, err := s.backend.Ready(ctx)
 	if err != nil {
-		s.setUnready(err)
-		return err
+		return false, err
 	}
 	st, err := s.openStore(ctx, path)
 	if err != nil {
-		s.setUnready(nil)
-		return err
+		return true, err
 	}
 	if err := s.recover(ctx, st); err != nil {
 		st.Close()
-		s.setUnready(err)
-		return err
+		return false, err
 	}
-	s.setUnready(nil)
 	s.store.Store(st)
 	s.look(ctx)
 	s.resumeImports()
-	return nil
+	return false, nil
 }
 
 func (s *Service) setUnready(err error) {
@@ -199,8 +230,22 @@ func (s *Service) openStore(ctx context.Context, path string) (*store.Store, err
 	return st, nil
 }
 
-// db is the store, or why there is none.
-func (s *Service) db() (*store.Store, error) {
+// db is the store, or why there is none. While the place is looked at for the first time it waits.
+func (s *Service) db(ctx context.Context) (*store.Store, error) {
+	if st := s.store.Load(); st != nil {
+		return st, nil
+	}
+	patience := time.NewTimer(callPatience)
+	defer patience.Stop()
+	select {
+	case <-s.started:
+	case <-patience.C:
+		return nil, errs.New(errs.Unavailable, "the place for volumes is still being looked at").Because("STORAGE_NOT_READY").
+			Do("try again in a moment; if it stays so, look whether its disks answer")
+	case <-s.ctx.Done():
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 	if st := s.store.Load(); st != nil {
 		return st, nil
 	}
@@ -224,23 +269,14 @@ func (s *Service) watch() {
 		case <-t.C:
 		}
 		if s.store.Load() == nil {
-			if err := s.becomeReady(s.ctx); err != nil {
+			if _, err := s.becomeReady(s.ctx); err != nil {
 				s.log.Debug("the place for volumes is still not ready", "error", err)
-				if s.unreadyIsNil() {
-					s.setUnready(err)
-				}
 			}
 			continue
 		}
 		s.look(s.ctx)
 		s.pruneImports()
 	}
-}
-
-func (s *Service) unreadyIsNil() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.unready == nil
 }
 
 // look asks the backend for trouble.

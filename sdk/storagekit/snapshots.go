@@ -13,7 +13,7 @@ import (
 
 // CreateSnapshot takes one. The volume may be attached.
 func (s *Service) CreateSnapshot(ctx context.Context, req storage.CreateSnapshotRequest) (storage.Snapshot, error) {
-	st, err := s.db()
+	st, err := s.db(ctx)
 	if err != nil {
 		return storage.Snapshot{}, err
 	}
@@ -86,7 +86,7 @@ func (s *Service) snapshots(ctx context.Context, st *store.Store, objects []Obje
 
 // ListSnapshots lists those of one volume, or all.
 func (s *Service) ListSnapshots(ctx context.Context, req storage.ListSnapshotsRequest) ([]storage.Snapshot, error) {
-	st, err := s.db()
+	st, err := s.db(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -136,7 +136,7 @@ func (s *Service) lockedSnapshot(ctx context.Context, st *store.Store, ref strin
 
 // DeleteSnapshot destroys one.
 func (s *Service) DeleteSnapshot(ctx context.Context, req storage.Ref) error {
-	st, err := s.db()
+	st, err := s.db(ctx)
 	if err != nil {
 		return err
 	}
@@ -163,7 +163,7 @@ func (s *Service) removeSnapshot(ctx context.Context, st *store.Store, o Object)
 
 // Rollback makes the volume what it was at the snapshot.
 func (s *Service) Rollback(ctx context.Context, req storage.RollbackRequest) error {
-	st, err := s.db()
+	st, err := s.db(ctx)
 	if err != nil {
 		return err
 	}

@@ -13,7 +13,7 @@ import (
 
 // CreateTemplate makes a template of a snapshot.
 func (s *Service) CreateTemplate(ctx context.Context, req storage.CreateTemplateRequest) (storage.Template, error) {
-	st, err := s.db()
+	st, err := s.db(ctx)
 	if err != nil {
 		return storage.Template{}, err
 	}
@@ -88,7 +88,7 @@ func (s *Service) templates(ctx context.Context, objects []Object) ([]storage.Te
 
 // GetTemplate finds one.
 func (s *Service) GetTemplate(ctx context.Context, req storage.Ref) (storage.Template, error) {
-	st, err := s.db()
+	st, err := s.db(ctx)
 	if err != nil {
 		return storage.Template{}, err
 	}
@@ -98,7 +98,7 @@ func (s *Service) GetTemplate(ctx context.Context, req storage.Ref) (storage.Tem
 
 // ListTemplates lists all by name.
 func (s *Service) ListTemplates(ctx context.Context) ([]storage.Template, error) {
-	st, err := s.db()
+	st, err := s.db(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -107,7 +107,7 @@ func (s *Service) ListTemplates(ctx context.Context) ([]storage.Template, error)
 
 // RenameTemplate changes the name.
 func (s *Service) RenameTemplate(ctx context.Context, req storage.RenameRequest) (storage.Template, error) {
-	st, err := s.db()
+	st, err := s.db(ctx)
 	if err != nil {
 		return storage.Template{}, err
 	}
@@ -117,7 +117,7 @@ func (s *Service) RenameTemplate(ctx context.Context, req storage.RenameRequest)
 
 // DeleteTemplate destroys one; its clones live on.
 func (s *Service) DeleteTemplate(ctx context.Context, req storage.Ref) error {
-	st, err := s.db()
+	st, err := s.db(ctx)
 	if err != nil {
 		return err
 	}
@@ -145,7 +145,7 @@ func (s *Service) after(st *store.Store, volumeID string) time.Time {
 
 // Stats says how full the place is.
 func (s *Service) Stats(ctx context.Context) (storage.Stats, error) {
-	st, err := s.db()
+	st, err := s.db(ctx)
 	if err != nil {
 		return storage.Stats{}, err
 	}

@@ -52,7 +52,7 @@ func (s *Service) locked(ctx context.Context, st *store.Store, kind, ref string)
 
 // CreateVolume makes a volume.
 func (s *Service) CreateVolume(ctx context.Context, req storage.CreateVolumeRequest) (storage.Volume, error) {
-	st, err := s.db()
+	st, err := s.db(ctx)
 	if err != nil {
 		return storage.Volume{}, err
 	}
@@ -221,7 +221,7 @@ func judge(o Object, facts map[string]Facts, ferr error) (size uint64, state sto
 
 // GetVolume finds one.
 func (s *Service) GetVolume(ctx context.Context, req storage.Ref) (storage.Volume, error) {
-	st, err := s.db()
+	st, err := s.db(ctx)
 	if err != nil {
 		return storage.Volume{}, err
 	}
@@ -231,7 +231,7 @@ func (s *Service) GetVolume(ctx context.Context, req storage.Ref) (storage.Volum
 
 // ListVolumes lists all by name.
 func (s *Service) ListVolumes(ctx context.Context) ([]storage.Volume, error) {
-	st, err := s.db()
+	st, err := s.db(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -240,7 +240,7 @@ func (s *Service) ListVolumes(ctx context.Context) ([]storage.Volume, error) {
 
 // ResizeVolume makes one larger.
 func (s *Service) ResizeVolume(ctx context.Context, req storage.ResizeVolumeRequest) (storage.Volume, error) {
-	st, err := s.db()
+	st, err := s.db(ctx)
 	if err != nil {
 		return storage.Volume{}, err
 	}
@@ -289,7 +289,7 @@ func (s *Service) ready(ctx context.Context, o Object) error {
 
 // RenameVolume changes the name.
 func (s *Service) RenameVolume(ctx context.Context, req storage.RenameRequest) (storage.Volume, error) {
-	st, err := s.db()
+	st, err := s.db(ctx)
 	if err != nil {
 		return storage.Volume{}, err
 	}
@@ -331,7 +331,7 @@ func (s *Service) rename(ctx context.Context, st *store.Store, kind string, req 
 
 // DeleteVolume destroys one, with its snapshots where the request says so.
 func (s *Service) DeleteVolume(ctx context.Context, req storage.DeleteVolumeRequest) error {
-	st, err := s.db()
+	st, err := s.db(ctx)
 	if err != nil {
 		return err
 	}
