@@ -29,7 +29,10 @@ type vm struct {
 
 	mu   sync.Mutex
 	text string
-	more chan struct{}
+	gone string // how QEMU ended
+
+	more  chan struct{}
+	ended chan struct{}
 }
 
 // guestFiles builds the guest, or finds it in its cache.
@@ -59,8 +62,10 @@ func boot(t *testing.T, p *host.Plugin, dir, name string, nic net.NIC, mode net.
 	args := []string{"-M", "q35", "-cpu", "max", "-m", "192M", "-display", "none", "-nodefaults", "-no-user-config", "-serial", "stdio",
 		"-kernel", filepath.Join(dir, "vmlinuz"), "-initrd", filepath.Join(dir, "initramfs.cpio"), "-append", "console=ttyS0 quiet no_timer_check tsc=reliable",
 		"-object", "memory-backend-memfd,id=m,size=192M,share=on", "-numa", "node,memdev=m",
-		"-device", "virtio-net-pci,netdev=n,mac=" + att.MAC}
-	v := &vm{t: t, name: name, nic: nic, more: make(chan struct{}, 1)}
+		// Without MSI-X: QEMU 7.2 crashes when a vhost-user device masks a vector and there is no KVM
+		// (kvm_virtio_pci_irqfd_release with vector_irqfd unset).
+		"-device", "virtio-net-pci,netdev=n,vectors=0,mac=" + att.MAC}
+	v := &vm{t: t, name: name, nic: nic, more: make(chan struct{}, 1), ended: make(chan struct{})}
 	v.cmd = exec.Command("qemu-system-x86_64")
 	switch mode {
 	case net.AttachVhostUser:
@@ -88,12 +93,17 @@ func boot(t *testing.T, p *host.Plugin, dir, name string, nic net.NIC, mode net.
 		r := bufio.NewReader(out)
 		for {
 			b, err := r.ReadByte()
+			v.mu.Lock()
+			if err == nil {
+				v.text += string(rune(b))
+			} else {
+				v.gone = fmt.Sprint("QEMU has ended: ", v.cmd.Wait())
+			}
+			v.mu.Unlock()
 			if err != nil {
+				close(v.ended)
 				return
 			}
-			v.mu.Lock()
-			v.text += string(rune(b))
-			v.mu.Unlock()
 			select {
 			case v.more <- struct{}{}:
 			default:
@@ -102,7 +112,7 @@ func boot(t *testing.T, p *host.Plugin, dir, name string, nic net.NIC, mode net.
 	}()
 	t.Cleanup(func() {
 		_ = v.cmd.Process.Kill()
-		_ = v.cmd.Wait()
+		<-v.ended
 	})
 	return v
 }
@@ -123,6 +133,8 @@ func (v *vm) wait(what string, limit time.Duration) {
 		v.mu.Unlock()
 		select {
 		case <-v.more:
+		case <-v.ended:
+			v.t.Fatalf("%s: %s; it said %q", v.name, v.gone, text)
 		case <-end:
 			v.t.Fatalf("%s does not say %q but %q", v.name, what, text)
 		}

@@ -41,7 +41,7 @@ func (s *Service) Attach(_ context.Context, req net.AttachRequest) (net.Attachme
 		return net.Attachment{}, errs.New(errs.Unsupported, "none of the attach modes asked for is possible").
 			Do("use a hypervisor driver that takes vhost-user sockets or TAP descriptors")
 	}
-	if mode == net.AttachTAPFD && s.priv != nil {
+	if mode == net.AttachTAPFD && s.priv != nil { // a vhost-user NIC on a private network needs nothing
 		return net.Attachment{}, s.priv
 	}
 	s.mu.Lock()
@@ -89,6 +89,9 @@ func (s *Service) attach(rt *runtime, id string, mode net.AttachMode, req *net.A
 		err = rt.vhost(&next, &n.Request)
 	} else if _, err = rt.tap(&next, &n.Request); err == nil {
 		err = rt.connect(&next)
+	}
+	if err == nil && n.Request.Mode == net.ModeBridge {
+		err = rt.ensureLeg(&next, &n.Request, !fresh && !replace)
 	}
 	if err != nil {
 		if fresh {
@@ -238,6 +241,11 @@ func (rt *runtime) closeListener(id string) {
 func (rt *runtime) dropPath(rec *nicRec) {
 	rt.push(wctl.Request{Op: wctl.OpDetach, ID: rec.ID})
 	rt.closeTAP(rec.ID)
+	if rt.s.priv == nil {
+		if err := rt.s.instance.DeleteHostLink(legName(rec)); err != nil {
+			rt.s.log.Error("delete a bridge port", "nic", rec.Name, "error", err)
+		}
+	}
 	if rec.Attach != nil && rec.Attach.Mode == net.AttachVhostUser {
 		rt.closeListener(rec.ID)
 		if err := os.Remove(rt.s.vhostPath(rec.ID)); err != nil && !errors.Is(err, os.ErrNotExist) {

@@ -167,6 +167,11 @@ func (s *Service) sweep() error {
 	for id, n := range s.data.Networks {
 		ns[n.NS], links[n.HostLink], socks[id[24:]+".sock"] = true, true, true
 	}
+	for _, n := range s.data.NICs {
+		if n.Attach != nil {
+			links[legName(n)] = true
+		}
+	}
 	s.mu.Unlock()
 	var all []error
 	ents, err := os.ReadDir(s.workerDir())
@@ -249,6 +254,12 @@ func (s *Service) tick() {
 			continue
 		}
 		s.mu.Lock()
+		for _, n := range s.data.NICs {
+			rec, rt := s.data.Networks[n.NetworkID], s.nets[n.NetworkID]
+			if n.Attach != nil && rec != nil && rec.Request.Mode == net.ModeBridge && rt != nil && !slices.Contains(links, legName(n)) {
+				rt.kick()
+			}
+		}
 		for id, n := range s.data.Networks {
 			if n.HostLink != "" && !n.Deleting && !slices.Contains(links, n.HostLink) && s.nets[id] != nil {
 				s.nets[id].kick()

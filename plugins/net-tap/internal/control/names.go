@@ -18,6 +18,7 @@ import (
 const (
 	tapPrefix  = "mvt"
 	hostPrefix = "mvh"
+	legPrefix  = "mvl"
 )
 
 // instanceOf tells instances apart by where their metadata is, so that one whose metadata was lost still

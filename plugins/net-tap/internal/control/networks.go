@@ -23,10 +23,13 @@ type (
 // CreateNetwork implements net.Service.
 func (s *Service) CreateNetwork(_ context.Context, req net.CreateNetworkRequest) (net.Network, error) {
 	created := req
+	if req.Mode == net.ModeBridge && s.isRepeat(&req) {
+		return s.GetNetwork(context.Background(), net.Ref{Ref: req.ID}) // its bridge may be gone by now
+	}
 	if err := s.checkNetwork(&req); err != nil {
 		return net.Network{}, err
 	}
-	if req.Mode == net.ModeNAT && s.priv != nil {
+	if req.Mode != net.ModePrivate && s.priv != nil {
 		return net.Network{}, s.priv
 	}
 	hostAddrs, err := hostnet.Addresses()
@@ -80,6 +83,14 @@ func (s *Service) CreateNetwork(_ context.Context, req net.CreateNetworkRequest)
 	}
 	s.log.Info("network created", "network", req.Name, "mode", req.Mode, "subnet4", req.Subnet4)
 	return s.GetNetwork(context.Background(), net.Ref{Ref: req.ID})
+}
+
+// isRepeat says whether a request made a network already.
+func (s *Service) isRepeat(req *net.CreateNetworkRequest) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	old := s.data.Networks[req.ID]
+	return old != nil && !old.Deleting && same(old.Created, *req)
 }
 
 // undoNetwork removes a network whose making failed.

@@ -3,6 +3,7 @@ package control
 import (
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -192,13 +193,21 @@ func TestHostReboots(t *testing.T) {
 	mustSh(t, "ping -c1 -W2 %s", g.IP.Addr())
 }
 
+// leakRounds is how often things are made and removed: MVIRT_LEAK_ROUNDS, or 200.
+func leakRounds(t *testing.T) int {
+	if n, err := strconv.Atoi(os.Getenv("MVIRT_LEAK_ROUNDS")); err == nil {
+		return n
+	}
+	if testing.Short() {
+		return 20
+	}
+	return 200
+}
+
 func TestLeaks(t *testing.T) {
 	r := newRig(t)
 	r.network(nat("lan"))
-	rounds := 200
-	if testing.Short() {
-		rounds = 20
-	}
+	rounds := leakRounds(t)
 	round := func() {
 		nic := r.nic("lan")
 		att, err := r.Attach(ctx, net.AttachRequest{NICID: nic.ID, Owner: service.Owner{VMID: "v"}, Modes: []net.AttachMode{net.AttachTAPFD}, Queues: 2})
@@ -228,13 +237,11 @@ func TestLeaks(t *testing.T) {
 	for range 3 {
 		round()
 	}
-	before := look()
+	before := steady(look)
 	for range rounds {
 		round()
 	}
-	if after := look(); after != before {
-		t.Errorf("before:\n%s\nafter:\n%s", before, after)
-	}
+	sameAsBefore(t, before, look)
 	// Networks come and go as well.
 	for range rounds / 10 {
 		n := r.network(nat("more"), func(q *net.CreateNetworkRequest) { q.HostAccess = false })
@@ -242,7 +249,32 @@ func TestLeaks(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if after := look(); after != before {
-		t.Errorf("networks: before:\n%s\nafter:\n%s", before, after)
+	sameAsBefore(t, before, look)
+}
+
+// sameAsBefore looks until it sees what was before: the control plane opens a few descriptors for a moment
+// now and then.
+func sameAsBefore(t *testing.T, before string, look func() string) {
+	t.Helper()
+	after := ""
+	for range 200 {
+		if after = look(); after == before {
+			return
+		}
+		time.Sleep(5 * time.Millisecond)
 	}
+	t.Errorf("before:\n%s\nafter:\n%s", before, after)
+}
+
+// steady is what look sees most often.
+func steady(look func() string) string {
+	seen, best := map[string]int{}, ""
+	for range 15 {
+		s := look()
+		if seen[s]++; seen[s] > seen[best] {
+			best = s
+		}
+		time.Sleep(7 * time.Millisecond)
+	}
+	return best
 }

@@ -108,7 +108,12 @@ func (rt *runtime) ensure() error {
 		if n.Attach == nil {
 			continue
 		}
-		if err := rt.ensureAttached(n, &rec.Request, known[n.ID] != nil); err != nil {
+		live := known[n.ID] != nil
+		err := rt.ensureAttached(n, &rec.Request, live)
+		if err == nil && rec.Request.Mode == net.ModeBridge {
+			err = rt.ensureLeg(n, &rec.Request, live)
+		}
+		if err != nil {
 			rt.s.raise("NIC_BROKEN", n.ID, service.SeverityWarning, err)
 			continue
 		}
@@ -129,7 +134,7 @@ func has(nics []*nicRec, id string) bool {
 // engineNetwork is what the worker is told about the network.
 func (s *Service) engineNetwork(rec *netRec) *engine.Network {
 	r := &rec.Request
-	n := &engine.Network{Subnet4: r.Subnet4, Subnet6: r.Subnet6, MTU: int(r.MTU), DNS: r.DNS, NTP: r.NTP, Domain: r.Domain}
+	n := &engine.Network{Bridged: r.Mode == net.ModeBridge, Subnet4: r.Subnet4, Subnet6: r.Subnet6, MTU: int(r.MTU), DNS: r.DNS, NTP: r.NTP, Domain: r.Domain}
 	if r.HostAccess && rec.Link4.IsValid() {
 		u := uplinkOf(rec)
 		n.HostAddrs = append(n.HostAddrs, u.HostAddr4(), u.HostAddr6())
@@ -150,7 +155,7 @@ func (rt *runtime) ensureNS() error {
 	if err != nil {
 		return errs.Wrap(errs.Internal, err, "network namespace")
 	}
-	if rec.Request.Mode == net.ModePrivate {
+	if rec.Request.Mode != net.ModeNAT {
 		if err := ns.ApplyNFT(hostnet.PrivateRules()); err != nil {
 			ns.Close()
 			return nftError(err)
@@ -262,6 +267,30 @@ func (rt *runtime) ensureAttached(n *nicRec, r *net.CreateNetworkRequest, live b
 		} // in use is fine here: a hypervisor has the device, the engine needs only its own side
 	}
 	return rt.connect(n)
+}
+
+// legName is the name of a NIC's veth pair to the host's bridge: as unique as its TAP's.
+func legName(n *nicRec) string { return legPrefix + n.IfName[len(tapPrefix):] }
+
+// ensureLeg joins a NIC to the host's bridge. live says that the worker has its port on it.
+func (rt *runtime) ensureLeg(n *nicRec, r *net.CreateNetworkRequest, live bool) error {
+	if err := rt.ensureNS(); err != nil {
+		return err
+	}
+	name := legName(n)
+	live = live && rt.ns.HasLink(name)
+	if err := rt.ns.EnsureLeg(rt.s.instance, name, n.ID, r.Bridge, int(r.MTU)); err != nil {
+		return errs.Wrap(errs.Internal, err, "join the bridge")
+	}
+	if live {
+		return nil
+	}
+	fd, err := rt.ns.PacketSocket(name)
+	if err != nil {
+		return errs.Wrap(errs.Internal, err, "packet socket on %s", name)
+	}
+	defer unix.Close(fd)
+	return rt.call(wctl.Request{Op: wctl.OpLeg, ID: n.ID}, fd)
 }
 
 // fetch gets the descriptors that the worker keeps for a NIC.

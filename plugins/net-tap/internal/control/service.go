@@ -84,10 +84,14 @@ var (
 	_ net.Service     = (*Service)(nil)
 	_ net.IPv6er      = (*Service)(nil)
 	_ net.VhostUserer = (*Service)(nil)
+	_ net.Bridger     = (*Service)(nil)
 )
 
 // SupportsIPv6 implements net.IPv6er.
 func (*Service) SupportsIPv6() {}
+
+// SupportsBridge implements net.Bridger.
+func (*Service) SupportsBridge() {}
 
 // SupportsVhostUser implements net.VhostUserer.
 func (*Service) SupportsVhostUser() {}

@@ -49,9 +49,9 @@ func (s *Service) checkNetwork(r *net.CreateNetworkRequest) error {
 	switch r.Mode {
 	case net.ModePrivate, net.ModeNAT:
 	case net.ModeBridge:
-		return errs.New(errs.Unsupported, "this plugin has no networks of mode bridge").Do("use mode nat or private")
+		return s.checkBridge(r)
 	default:
-		return errs.Field("mode", "give private or nat", "mode %d is none", uint32(r.Mode))
+		return errs.Field("mode", "give private, nat or bridge", "mode %d is none", uint32(r.Mode))
 	}
 	if !r.Subnet4.IsValid() && !r.Subnet6.IsValid() {
 		return errs.Field("subnet4", "give an IPv4 subnet such as 10.0.0.0/24, an IPv6 subnet such as fd00:1::/64, or both", "the network has no subnet")
@@ -75,6 +75,28 @@ func (s *Service) checkNetwork(r *net.CreateNetworkRequest) error {
 	}
 	if r.HostAccess && r.Mode != net.ModeNAT {
 		return errs.Field("host_access", "use mode nat, or leave host access off", "only a nat network can be reached by the host")
+	}
+	return checkAnnounced(r)
+}
+
+// checkBridge checks a network of mode bridge: addresses and what guests are told are the bridge's business.
+func (s *Service) checkBridge(r *net.CreateNetworkRequest) error {
+	switch {
+	case r.Subnet4.IsValid() || r.Subnet6.IsValid():
+		return errs.Field("subnet4", "leave the subnets out", "addresses on a bridge network are given by whoever is on the bridge")
+	case len(r.DNS) > 0 || len(r.NTP) > 0 || r.Domain != "":
+		return errs.Field("dns", "leave DNS, NTP and domain out", "a bridge network announces nothing")
+	case r.HostAccess:
+		return errs.Field("host_access", "leave it off", "the host is on the bridge, or it is not: that is not ours to change")
+	case r.Bridge == "" || len(r.Bridge) > 15 || strings.ContainsAny(r.Bridge, "/ \t\n:"):
+		return errs.Field("bridge", "name a bridge of the host, such as br0", "bridge %s cannot be", ident.Quote(r.Bridge))
+	}
+	mtu, ok := hostnet.Bridge(r.Bridge)
+	if !ok {
+		return errs.Field("bridge", "make it first: ip link add "+r.Bridge+" type bridge", "the host has no bridge %s", r.Bridge)
+	}
+	if r.MTU == 0 {
+		r.MTU = uint32(min(max(mtu, mtuMin), mtuMax))
 	}
 	return checkAnnounced(r)
 }

@@ -48,6 +48,19 @@ func TestBadNetworks(t *testing.T) {
 		{"NTP", errs.Invalid, "ntp", func(q *net.CreateNetworkRequest) { q.NTP = []netip.Addr{{}} }},
 		{"domain", errs.Invalid, "domain", func(q *net.CreateNetworkRequest) { q.Domain = "a b" }},
 		{"long domain", errs.Invalid, "domain", func(q *net.CreateNetworkRequest) { q.Domain = strings.Repeat("a.", 200) + "a" }},
+		{"no bridge", errs.Invalid, "bridge", func(q *net.CreateNetworkRequest) { q.Mode, q.Subnet4 = net.ModeBridge, netip.Prefix{} }},
+		{"a bridge that is not there", errs.Invalid, "bridge", func(q *net.CreateNetworkRequest) {
+			q.Mode, q.Subnet4, q.Bridge = net.ModeBridge, netip.Prefix{}, "br77"
+		}},
+		{"an interface that is no bridge", errs.Invalid, "bridge", func(q *net.CreateNetworkRequest) {
+			q.Mode, q.Subnet4, q.Bridge = net.ModeBridge, netip.Prefix{}, "lo"
+		}},
+		{"subnet on a bridge", errs.Invalid, "subnet4", func(q *net.CreateNetworkRequest) { q.Mode, q.Bridge = net.ModeBridge, "lo" }},
+		{"IPv6 host bits", errs.Invalid, "subnet6", func(q *net.CreateNetworkRequest) { q.Subnet6 = prefix("fd00::1/64") }},
+		{"IPv6 too small", errs.Invalid, "subnet6", func(q *net.CreateNetworkRequest) { q.Subnet6 = prefix("fd00::/127") }},
+		{"IPv6 link-local", errs.Invalid, "subnet6", func(q *net.CreateNetworkRequest) { q.Subnet6 = prefix("fe80::/64") }},
+		{"IPv6 that is IPv4", errs.Invalid, "subnet6", func(q *net.CreateNetworkRequest) { q.Subnet6 = prefix("10.0.0.0/24") }},
+		{"the links' own", errs.Invalid, "subnet6", func(q *net.CreateNetworkRequest) { q.Subnet6 = prefix("fd6d:7669:7274::/64") }},
 		{"bridge name on a private network", errs.Invalid, "bridge", func(q *net.CreateNetworkRequest) { q.Bridge = "br0" }},
 		{"host access on a private network", errs.Invalid, "host_access", func(q *net.CreateNetworkRequest) { q.HostAccess = true }},
 	}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -18,6 +19,7 @@ import (
 // vhostConn is a guest's device on a vhost-user NIC. It connects again when its back-end has gone, as
 // hypervisors do.
 type vhostConn struct {
+	mu   sync.Mutex
 	d    *vhosttest.Driver
 	path string
 	stop chan struct{}
@@ -30,7 +32,10 @@ func (c *vhostConn) Read(frame []byte) (n int, err error) {
 			return 0, os.ErrClosed
 		default:
 		}
-		if c.d.Receive(0, 1, func(_, f []byte) { n = copy(frame, f) }) == 0 {
+		c.mu.Lock()
+		got := c.d.Receive(0, 1, func(_, f []byte) { n = copy(frame, f) })
+		c.mu.Unlock()
+		if got == 0 {
 			time.Sleep(50 * time.Microsecond)
 		}
 	}
@@ -38,10 +43,29 @@ func (c *vhostConn) Read(frame []byte) (n int, err error) {
 }
 
 func (c *vhostConn) Write(frame []byte) error {
-	for c.d.SendBatch(0, [12]byte{}, frame) == 0 {
+	for {
+		c.mu.Lock()
+		n := c.d.SendBatch(0, [12]byte{}, frame)
+		c.mu.Unlock()
+		if n > 0 {
+			return nil
+		}
 		time.Sleep(50 * time.Microsecond)
 	}
-	return nil
+}
+
+// reconnect tries until it is connected again.
+func (c *vhostConn) reconnect(limit time.Duration) bool {
+	for end := time.Now().Add(limit); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		c.mu.Lock()
+		c.d.Disconnect()
+		err := c.d.Connect(c.path)
+		c.mu.Unlock()
+		if err == nil {
+			return true
+		}
+	}
+	return false
 }
 
 func (c *vhostConn) Close() error { close(c.stop); return nil }
@@ -109,12 +133,8 @@ func TestVhostUser(t *testing.T) {
 	// A worker that dies takes the connections with it; front-ends come back to the same socket.
 	r.signalWorker(syscall.SIGKILL)
 	began := time.Now()
-	for ca.d.Connect(ca.path) != nil {
-		ca.d.Disconnect()
-		time.Sleep(time.Millisecond)
-		if time.Since(began) > 5*time.Second {
-			t.Fatal("no way back")
-		}
+	if !ca.reconnect(5 * time.Second) {
+		t.Fatal("no way back")
 	}
 	eventually(t, "packets flow", func() bool {
 		_, err := a.Ping(b.IP, 100*time.Millisecond)
@@ -136,10 +156,7 @@ func TestVhostUser(t *testing.T) {
 func TestVhostLeaks(t *testing.T) {
 	r := newRig(t)
 	n := r.network()
-	rounds := 200
-	if testing.Short() {
-		rounds = 20
-	}
+	rounds := leakRounds(t)
 	round := func() {
 		nic := r.nic("lan")
 		att, err := r.Attach(ctx, net.AttachRequest{NICID: nic.ID, Owner: service.Owner{VMID: "v"}, Modes: []net.AttachMode{net.AttachVhostUser}})
@@ -166,13 +183,11 @@ func TestVhostLeaks(t *testing.T) {
 	for range 3 {
 		round()
 	}
-	before := look()
+	before := steady(look)
 	for range rounds {
 		round()
 	}
-	if after := look(); after != before {
-		t.Errorf("before:\n%s\nafter:\n%s", before, after)
-	}
+	sameAsBefore(t, before, look)
 }
 
 // TestStaleSockets: sockets of NICs that are not attached are swept, other files are not.

@@ -174,6 +174,7 @@ type Port interface {
 type Network struct {
 	Subnet4 netip.Prefix
 	Subnet6 netip.Prefix
+	Bridged bool // frames pass to and from a bridge of the host, see SetLeg
 	MTU     int
 	DNS     []netip.Addr
 	NTP     []netip.Addr

@@ -40,6 +40,7 @@ func (e *endpoint) mac() wire.MAC {
 // NIC is one NIC on the router.
 type NIC struct {
 	endpoint
+	leg     endpoint // its port on the host's bridge, on a bridge network
 	cfg     NICConfig
 	ip4     wire.IP4 // 0: none
 	ip6     wire.IP6
@@ -345,6 +346,10 @@ func (r *Router) fromNIC(nic *NIC, p *Packet) {
 	}
 	if wire.GetMAC(p.Head[6:]) != nic.cfg.MAC {
 		nic.TxSpoofed++
+		return
+	}
+	if r.net.Bridged {
+		r.toBridge(nic, p)
 		return
 	}
 	dst := wire.GetMAC(p.Head)

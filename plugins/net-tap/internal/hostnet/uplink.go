@@ -278,6 +278,60 @@ func collides(host *netlink.Handle, family int, subnet netip.Prefix, link int) e
 // ErrCollision says that a network's subnet overlaps one that the host reaches otherwise.
 var ErrCollision = errors.New("the subnet collides with another")
 
+// Bridge says whether the host has a bridge of that name, and its MTU.
+func Bridge(name string) (mtu int, ok bool) {
+	l, err := netlink.LinkByName(name)
+	if err != nil || l.Type() != "bridge" {
+		return 0, false
+	}
+	return l.Attrs().MTU, true
+}
+
+// EnsureLeg makes a NIC's way to a bridge of the host: a veth pair of one name, with one end on the bridge
+// and the other in the namespace.
+func (n *NS) EnsureLeg(i Instance, name, id, bridge string, mtu int) error {
+	host, err := netlink.NewHandle()
+	if err != nil {
+		return err
+	}
+	defer host.Close()
+	br, err := host.LinkByName(bridge)
+	if err != nil {
+		return fmt.Errorf("bridge %s: %w", bridge, err)
+	}
+	hl, err := host.LinkByName(name)
+	if err == nil && !i.owns(hl.Attrs()) {
+		return fmt.Errorf("an interface named %s exists and is not ours", name)
+	}
+	if err != nil || !n.HasLink(name) {
+		if err == nil {
+			if err := host.LinkDel(hl); err != nil {
+				return err
+			}
+		}
+		pair := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name, MTU: mtu}, PeerName: name, PeerNamespace: netlink.NsFd(n.fd), PeerMTU: uint32(mtu)}
+		if err := host.LinkAdd(pair); err != nil {
+			return fmt.Errorf("veth pair %s: %w", name, err)
+		}
+		if hl, err = host.LinkByName(name); err != nil {
+			return err
+		}
+		if err := host.LinkSetAlias(hl, i.Alias("leg", id)); err != nil {
+			return err
+		}
+	}
+	nl, err := n.h.LinkByName(name)
+	if err != nil {
+		return err
+	}
+	// The host itself has no address there: it is on the bridge.
+	if err := sysctl("net/ipv6/conf/"+name+"/disable_ipv6", "1"); err != nil {
+		return err
+	}
+	return errors.Join(n.h.LinkSetAlias(nl, i.Alias("leg", id)), host.LinkSetMTU(hl, mtu), n.h.LinkSetMTU(nl, mtu),
+		host.LinkSetMaster(hl, br), host.LinkSetUp(hl), n.h.LinkSetUp(nl))
+}
+
 // HostLinks lists the instance's veth ends in the host.
 func (i Instance) HostLinks() ([]string, error) {
 	links, err := netlink.LinkList()

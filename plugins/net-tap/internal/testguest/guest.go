@@ -51,6 +51,13 @@ func New(c Conn, mac wire.MAC) *Guest {
 	return g
 }
 
+// SetIP gives the guest an address by hand.
+func (g *Guest) SetIP(ip wire.IP4) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.IP = ip
+}
+
 // Mute makes it answer nothing.
 func (g *Guest) Mute(on bool) {
 	g.mu.Lock()
@@ -83,12 +90,22 @@ func (g *Guest) read() {
 	}
 }
 
-// answer replies to echo requests.
+// answer replies to echo requests, and to ARP requests for its address.
 func (g *Guest) answer(f []byte) bool {
 	var in wire.Info
 	g.mu.Lock()
 	ip, mute := g.IP, g.mute
 	g.mu.Unlock()
+	if len(f) >= 42 && wire.Be16(f[12:]) == wire.TypeARP && !mute {
+		if a, ok := wire.ParseARP(f[14:]); ok && a.Op == 1 && a.TargetIP == ip && ip != 0 {
+			r := make([]byte, 60)
+			wire.PutEth(r, a.SenderMAC, g.MAC, wire.TypeARP)
+			rep := wire.ARP{Op: 2, SenderMAC: g.MAC, SenderIP: ip, TargetMAC: a.SenderMAC, TargetIP: a.SenderIP}
+			rep.Put(r[14:])
+			_ = g.conn.Write(r)
+			return true
+		}
+	}
 	if mute || len(f) < 34 || wire.Be16(f[12:]) != wire.TypeIPv4 || wire.ParseIPv4(f, len(f), &in) != wire.OK ||
 		in.Proto != wire.ProtoICMP || in.DstPort != wire.ICMPEcho<<8 || wire.GetIP4(f[30:]) != ip {
 		return false

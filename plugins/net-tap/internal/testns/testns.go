@@ -1,11 +1,13 @@
-// Package testns gives tests a host of their own: a mount and a network namespace in which /run is empty and
-// only the loopback exists. The machine's own network is never touched. For tests only.
+// Package testns gives tests a host of their own: a mount, a network and a process namespace in which /run is
+// empty and only the loopback exists. The machine's own network is never touched, and whatever a test leaves
+// behind ends with it. For tests only.
 package testns
 
 import (
 	"fmt"
 	"os"
 	"os/exec"
+	"runtime"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -31,7 +33,8 @@ func Run(keep bool, run func() int) int {
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Env = append(os.Environ(), inside+"=1")
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS | syscall.CLONE_NEWPID, Pdeathsig: syscall.SIGKILL}
+	runtime.LockOSThread() // Pdeathsig is about this thread
 	err := cmd.Run()
 	if e, ok := err.(*exec.ExitError); ok {
 		return e.ExitCode()
@@ -48,6 +51,9 @@ func play() error {
 		return err
 	}
 	if err := unix.Mount("tmpfs", "/run", "tmpfs", 0, "mode=755"); err != nil {
+		return err
+	}
+	if err := unix.Mount("proc", "/proc", "proc", 0, ""); err != nil {
 		return err
 	}
 	// sysfs shows the interfaces of the namespace in which it was mounted.

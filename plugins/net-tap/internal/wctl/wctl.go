@@ -44,6 +44,7 @@ const (
 	OpDeleteNIC   Op = "delete-nic"   // ID and its port go
 	OpAttachTAP   Op = "attach-tap"   // ID gets a port; descriptors: Sockets packet sockets, then TAP queues to keep
 	OpAttachVhost Op = "attach-vhost" // ID gets a vhost-user port; one descriptor: the listening socket
+	OpLeg         Op = "leg"          // ID gets its port on the host's bridge; one descriptor: a packet socket
 	OpDetach      Op = "detach"       // ID loses its port
 	OpFDs         Op = "fds"          // what was kept for ID comes back: TAP queues, or the listening socket
 	OpGroup       Op = "group"        // Group is added or changed
@@ -290,12 +291,21 @@ func Socket() (int, error) {
 	return unix.Socket(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 }
 
+// connectWait bounds connecting, and sending.
+const connectWait = 3 * time.Second
+
+// Backlog is how many connections a worker's socket holds before they are accepted.
+const Backlog = 256
+
 // Dial connects to a worker's socket.
 func Dial(path string) (int, error) {
 	fd, err := Socket()
 	if err != nil {
 		return -1, err
 	}
+	// A worker that hangs does not accept: its backlog fills, and connecting would wait for ever.
+	tv := unix.NsecToTimeval(int64(connectWait))
+	_ = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &tv)
 	err = WithPath(path, func(p string) error { return unix.Connect(fd, &unix.SockaddrUnix{Name: p}) })
 	if err != nil {
 		unix.Close(fd)

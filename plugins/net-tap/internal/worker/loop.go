@@ -35,6 +35,7 @@ type source struct {
 	vhost *vhost.Port // which has many descriptors
 
 	loop   *loop
+	leg    bool  // the port is the NIC's on the host's bridge
 	hot    bool  // is polled, and asked its driver for no kicks
 	active int64 // when it last had packets
 }
@@ -200,7 +201,10 @@ func (l *loop) burst(s *source, now int64) (n int) {
 			l.fail(s, fmt.Sprintf("the packet path failed: %v", e))
 		}
 	}()
-	if s.nic != nil {
+	switch {
+	case s.leg:
+		return l.router.PollLeg(s.nic, now)
+	case s.nic != nil:
 		return l.router.PollNIC(s.nic, now)
 	}
 	return l.router.PollUplink(now)
@@ -336,7 +340,9 @@ func (l *loop) fail(s *source, text string) {
 		l.note(s.id, text)
 		return
 	}
-	if s.nic != nil {
+	if s.leg {
+		l.router.SetLeg(s.id, nil)
+	} else if s.nic != nil {
 		l.router.SetPort(s.id, nil)
 	} else {
 		l.router.SetUplink(nil)
@@ -383,8 +389,29 @@ func (l *loop) attach(id string, p kernelPort) error {
 	return nil
 }
 
-// detach takes a NIC's port away.
+// setLeg gives a NIC its port on the bridge.
+func (l *loop) setLeg(id string, p kernelPort) error {
+	nic := l.router.NIC(id)
+	err := fmt.Errorf("no NIC %s", id)
+	if nic != nil {
+		err = l.watch(p.FD())
+	}
+	if err != nil {
+		p.Close()
+		return err
+	}
+	l.sources[int32(p.FD())] = &source{nic: nic, id: id, port: p, leg: true}
+	if old, _ := l.router.SetLeg(id, p); old != nil {
+		l.forget(old)
+	}
+	return nil
+}
+
+// detach takes a NIC's ports away.
 func (l *loop) detach(id string) {
+	if old, ok := l.router.SetLeg(id, nil); ok && old != nil {
+		l.forget(old)
+	}
 	if old, ok := l.router.SetPort(id, nil); ok && old != nil {
 		l.forget(old)
 	}

@@ -80,7 +80,7 @@ type server struct {
 }
 
 func serve(network string, uid int, sandbox string) error {
-	if err := unix.Listen(controlFD, 4); err != nil {
+	if err := unix.Listen(controlFD, wctl.Backlog); err != nil {
 		return fmt.Errorf("listen: %w", err)
 	}
 	s := &server{network: network, uid: uid, sandbox: sandbox, conn: -1, flows: -1, kept: map[string][]int{}}
@@ -225,6 +225,12 @@ func (s *server) handle(req *wctl.Request, fds []int, rep *wctl.Reply) (give []i
 			s.dropKept(req.ID)
 		}
 		return nil, err
+	case wctl.OpLeg:
+		if len(fds) != 1 {
+			return nil, fmt.Errorf("%d descriptors, want one packet socket", len(fds))
+		}
+		left = nil
+		s.loop.do(func() { err = s.loop.setLeg(req.ID, port.NewSocket(fds[0], s.loop.bufs)) })
 	case wctl.OpDetach:
 		s.loop.do(func() { s.loop.detach(req.ID) })
 		s.dropKept(req.ID)
