@@ -216,7 +216,7 @@ func (b *Backend) Undo(ctx context.Context, o storagekit.Object) error {
 
 // Resize makes a volume larger.
 func (b *Backend) Resize(ctx context.Context, o storagekit.Object, size uint64) error {
-	name, err := b.find(ctx, o)
+	name, err := b.sure(ctx, o)
 	if err != nil {
 		return err
 	}

@@ -16,7 +16,7 @@ import (
 
 // Delete destroys an object, or hides it until its last clone is gone.
 func (b *Backend) Delete(ctx context.Context, o storagekit.Object) error {
-	name, err := b.find(ctx, o)
+	name, err := b.sure(ctx, o)
 	if isCorrupt(err) {
 		b.forget(o.ID)
 		return nil // it is not there
@@ -203,7 +203,7 @@ func (b *Backend) PrepareRollback(ctx context.Context, vol, snap storagekit.Obje
 	if err != nil {
 		return err
 	}
-	target, err := b.find(ctx, snap)
+	target, err := b.sure(ctx, snap)
 	if err != nil {
 		return err
 	}
@@ -262,7 +262,7 @@ func (b *Backend) CommitRollback(ctx context.Context, vol, snap storagekit.Objec
 	if err != nil {
 		return err
 	}
-	target, err := b.find(ctx, snap)
+	target, err := b.sure(ctx, snap)
 	if err != nil {
 		return err
 	}

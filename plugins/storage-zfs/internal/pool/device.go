@@ -122,7 +122,7 @@ func (d systemDevices) Open(ctx context.Context, dataset string) (*os.File, erro
 
 // Grant puts an entry for uid into the ACL of the real device node.
 func (b *Backend) Grant(ctx context.Context, o storagekit.Object, uid uint32, readOnly bool) (storagekit.Device, error) {
-	name, err := b.find(ctx, o)
+	name, err := b.sure(ctx, o)
 	if err != nil {
 		return storagekit.Device{}, err
 	}
@@ -151,7 +151,7 @@ func (b *Backend) Revoke(ctx context.Context, o storagekit.Object, uid uint32) e
 	if uid == 0 {
 		return nil
 	}
-	name, err := b.find(ctx, o)
+	name, err := b.sure(ctx, o)
 	if isCorrupt(err) {
 		return nil
 	}
@@ -219,8 +219,7 @@ func (b *Backend) Inspect(ctx context.Context, objects []storagekit.Object) (map
 	}
 	rows, err := b.zfs.List(ctx, args...)
 	if zfscmd.Is(err, zfscmd.NotFound) && len(objects) == 1 {
-		b.forget(objects[0].ID)
-		return out, nil
+		rows, err = nil, nil
 	}
 	if err != nil {
 		return nil, zfscmd.Kinded(err, "cannot list the pool")
@@ -258,6 +257,14 @@ func (b *Backend) Inspect(ctx context.Context, objects []storagekit.Object) (map
 			b.mu.Unlock()
 		}
 		out[o.ID] = f
+	}
+	if len(objects) == 1 && len(out) == 0 {
+		// Renamed by hand, or gone: a name that is known no more leads to a look at the whole pool.
+		was := args[len(args)-1]
+		b.forget(objects[0].ID)
+		if now, err := b.find(ctx, objects[0]); err == nil && now != was {
+			return b.Inspect(ctx, objects)
+		}
 	}
 	return out, nil
 }

@@ -361,6 +361,24 @@ func (b *Backend) find(ctx context.Context, o storagekit.Object) (string, error)
 		Do("look with zfs list -o name,mvirt:id: somebody has removed it")
 }
 
+// sure is find for what must not hit another dataset: it asks the pool whether the dataset of that name is still
+// the object, since an administrator may have renamed one and made another.
+func (b *Backend) sure(ctx context.Context, o storagekit.Object) (string, error) {
+	name, err := b.find(ctx, o)
+	if err != nil {
+		return "", err
+	}
+	rows, err := b.zfs.List(ctx, "zfs", "list", "-H", "-o", "name,"+propID+","+propKind, name)
+	if err == nil && len(rows) == 1 && len(rows[0]) == 3 && rows[0][1] == o.ID && b.ours(row{rows[0][0], rows[0][1], rows[0][2]}) {
+		return name, nil
+	}
+	if err != nil && !zfscmd.Is(err, zfscmd.NotFound) {
+		return "", zfscmd.Kinded(err, "cannot look at the "+o.Kind)
+	}
+	b.forget(o.ID)
+	return b.find(ctx, o)
+}
+
 func (b *Backend) put(id, name string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

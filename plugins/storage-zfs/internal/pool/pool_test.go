@@ -154,6 +154,29 @@ func TestPoolNames(t *testing.T) {
 	}
 }
 
+// TestRenamedByHand: an administrator renames a volume and puts another in its place. The other is not touched.
+func TestRenamedByHand(t *testing.T) {
+	dir := fakeTools(t, "tank")
+	s := openFake(t, dir, kitOptions())
+	ctx := t.Context()
+	v := must(s.CreateVolume(ctx, storage.CreateVolumeRequest{ID: ident.New(), Name: "v", SizeBytes: mib}))(t)
+	p := loadFake(dir)
+	must(0, p.rename("tank/v", "tank/elsewhere"))(t)
+	must(0, p.create("tank/v", map[string][]string{"V": {"1048576"}, "b": {"16384"}}))(t)
+	p.save()
+	if got := must(s.GetVolume(ctx, storage.Ref{Ref: "v"}))(t); got.State != storage.StateReady {
+		t.Errorf("%+v", got)
+	}
+	a := must(s.Attach(ctx, storage.AttachRequest{VolumeID: v.ID, Owner: kittest.Owner(ident.New())}))(t)
+	if a.Path != loadFake(dir).Sets["tank/elsewhere"].File {
+		t.Errorf("%+v", a)
+	}
+	must(0, s.Detach(ctx, storage.DetachRequest{VolumeID: v.ID, VMID: must(s.GetVolume(ctx, storage.Ref{Ref: "v"}))(t).Attachments[0].VMID}))(t)
+	must(s.ResizeVolume(ctx, storage.ResizeVolumeRequest{Ref: "v", SizeBytes: 2 * mib}))(t)
+	must(0, s.DeleteVolume(ctx, storage.DeleteVolumeRequest{Ref: "v"}))(t)
+	same(t, fakeDatasets(dir), "v")
+}
+
 // TestLabelsTooLong: what ZFS cannot keep is refused before anything is made.
 func TestLabelsTooLong(t *testing.T) {
 	dir := fakeTools(t, "tank")

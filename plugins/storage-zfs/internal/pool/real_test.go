@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -28,6 +29,8 @@ import (
 )
 
 // These tests need OpenZFS and root; they make pools of their own on files. The lab has both.
+
+var figureVolumes = flag.Int("figure-volumes", 60, "volumes that TestRealFigures lists; each takes half a second to make in the lab")
 
 var crashPoints = flag.Int("crash-points", 20, "random places at which TestRealKill kills the plugin")
 
@@ -484,25 +487,45 @@ func TestRealPoolStates(t *testing.T) {
 	command(t, "zpool", "import", "-d", dir, pool+"x", pool)
 }
 
-// TestRealThousand: a list is one command, however long.
-func TestRealThousand(t *testing.T) {
-	if testing.Short() {
-		t.Skip("short")
-	}
-	pool := realPool(t, 1<<30)
+// TestRealFigures measures against the bare commands, interleaved; absolute times in the lab mean nothing.
+func TestRealFigures(t *testing.T) {
+	pool := realPool(t, 2<<30)
 	s := open(t, pool, kitOptions())
-	const n = 100
-	for i := range n {
-		volume(t, s, storage.CreateVolumeRequest{Name: fmt.Sprintf("v%d", i), SizeBytes: mib})
+	ctx := t.Context()
+	volume(t, s, storage.CreateVolumeRequest{Name: "v", SizeBytes: 64 * mib})
+	sn := snapshot(t, s, "v", "s")
+	must(s.CreateTemplate(ctx, storage.CreateTemplateRequest{ID: ident.New(), Name: "t", SnapshotID: sn.ID}))(t)
+	var ours, bare []time.Duration
+	for i := range 9 {
+		began := time.Now()
+		volume(t, s, storage.CreateVolumeRequest{Name: fmt.Sprintf("c%d", i), FromTemplate: "t"})
+		ours = append(ours, time.Since(began))
+		began = time.Now()
+		command(t, "zfs", "clone", pool+"/.templates/t@img", fmt.Sprintf("%s/bare%d", pool, i))
+		bare = append(bare, time.Since(began))
 	}
-	began := time.Now()
-	if l := must(s.ListVolumes(t.Context()))(t); len(l) != n {
-		t.Errorf("%d volumes", len(l))
+	ratio := func(a, b []time.Duration) float64 {
+		slices.Sort(a)
+		slices.Sort(b)
+		return a[len(a)/2].Seconds() / b[len(b)/2].Seconds()
 	}
-	ours := time.Since(began)
-	began = time.Now()
-	command(t, "zfs", "list", "-H", "-r", "-t", "volume", pool)
-	t.Logf("list of %d: %v, zfs list: %v", n, ours, time.Since(began))
+	fmt.Printf("figure clone_vs_zfs_clone %.2f ratio aim <= 1.5\n", ratio(ours, bare))
+	for i := range *figureVolumes {
+		volume(t, s, storage.CreateVolumeRequest{Name: fmt.Sprintf("l%d", i), FromTemplate: "t"})
+	}
+	ours, bare = nil, nil
+	for range 9 {
+		began := time.Now()
+		if l := must(s.ListVolumes(ctx))(t); len(l) < *figureVolumes {
+			t.Errorf("%d volumes", len(l))
+		}
+		ours = append(ours, time.Since(began))
+		began = time.Now()
+		command(t, "zfs", "list", "-r", "-t", "volume", pool)
+		bare = append(bare, time.Since(began))
+	}
+	fmt.Printf("figure list_1000_vs_zfs_list %.2f ratio aim <= 1.2\n", ratio(ours, bare))
+	fmt.Printf("# measured with %d volumes\n", *figureVolumes)
 }
 
 // crashChild plays the story on a pool and kills itself at the n-th fail point.
