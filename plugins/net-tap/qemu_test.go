@@ -117,15 +117,22 @@ func boot(t *testing.T, p *host.Plugin, dir, name string, nic net.NIC, mode net.
 	return v
 }
 
-// wait waits until the console says something.
-func (v *vm) wait(what string, limit time.Duration) {
+// see waits until the console has said something.
+func (v *vm) see(what string, limit time.Duration) { v.t.Helper(); v.find(what, limit, false) }
+
+// wait does, and begins behind it the next time.
+func (v *vm) wait(what string, limit time.Duration) { v.t.Helper(); v.find(what, limit, true) }
+
+func (v *vm) find(what string, limit time.Duration, move bool) {
 	v.t.Helper()
 	end := time.After(limit)
 	for {
 		v.mu.Lock()
 		i := strings.Index(v.text, what)
 		if i >= 0 {
-			v.text = v.text[i+len(what):]
+			if move {
+				v.text = v.text[i+len(what):]
+			}
 			v.mu.Unlock()
 			return
 		}
@@ -184,8 +191,9 @@ ip route replace default via 198.51.100.1`)
 		vms = append(vms, boot(t, p, files, fmt.Sprintf("vm%d", i), nic, mode))
 	}
 	for _, v := range vms {
-		v.wait("mvirt-guest: address eth0 "+v.nic.IPv4.String()+"/32", 300*time.Second)
-		v.wait("login:", 120*time.Second)
+		v.see("mvirt-guest: address eth0 "+v.nic.IPv4.String()+"/32", 300*time.Second)
+		v.see("login:", 120*time.Second)
+		v.see("mvirt-guest: ready", 120*time.Second)
 		fmt.Fprintf(v.in, "root\n")
 		v.wait("#", 30*time.Second)
 	}

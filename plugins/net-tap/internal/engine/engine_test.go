@@ -388,6 +388,67 @@ func TestOffload(t *testing.T) {
 	}
 }
 
+// TestSegment cuts packets of both protocols and families and puts them together again.
+func TestSegment(t *testing.T) {
+	const total = 10000
+	data := make([]byte, total)
+	for i := range data {
+		data[i] = byte(i * 31 >> 4)
+	}
+	for name, tt := range map[string]struct {
+		proto uint8
+		gso   uint8
+		six   bool
+	}{"TCP": {wire.ProtoTCP, GSOTCP4, false}, "TCP6": {wire.ProtoTCP, GSOTCP6, true}, "UDP": {wire.ProtoUDP, GSOUDPL4, false}, "UDP6": {wire.ProtoUDP, GSOUDPL4, true}} {
+		t.Run(name, func(t *testing.T) {
+			l4len, offs := 20, 16
+			h := make([]byte, 20)
+			h[12], h[13] = 5<<4, 0x18
+			if tt.proto == wire.ProtoUDP {
+				l4len, offs = 8, 6
+				h = udp(1, 2, total)[:8]
+			}
+			payload := append(bytes.Clone(h), data...)
+			var f []byte
+			l4 := 34
+			if tt.six {
+				f, l4 = v6{src: "fd00:1::2", dst: "fd00:1::3", proto: tt.proto, payload: payload}.frame(), 54
+			} else {
+				f = v4{src: "10.0.0.2", dst: "10.0.0.3", proto: tt.proto, payload: payload}.frame()
+			}
+			var p, q Packet
+			p.Set(f)
+			p.Head, p.Tail = f[:HeadLen:HeadLen], [][]byte{f[HeadLen:]}
+			p.Offload = Offload{Flags: NeedsCsum, GSO: tt.gso, GSOSize: 1400, CsumStart: uint16(l4), CsumOffs: uint16(offs)}
+			p.Reparse()
+			var room [HeadLen]byte
+			var got []byte
+			ok := p.Segment(&room, &q, func(s *Packet) bool {
+				if !s.CompleteCsum() {
+					t.Fatal("no checksum")
+				}
+				b := make([]byte, s.Len)
+				s.Copy(b)
+				var in wire.Info
+				res, pseudo := wire.OK, uint64(0)
+				if tt.six {
+					res, pseudo = wire.ParseIPv6(b, len(b), &in), wire.PseudoSum6(b[22:], tt.proto, len(b)-l4)
+				} else {
+					res, pseudo = wire.ParseIPv4(b, len(b), &in), wire.PseudoSum4(b[26:], tt.proto, len(b)-l4)
+				}
+				if res != wire.OK || in.End != len(b) || wire.Fold(wire.Sum(pseudo, b[l4:])) != 0 {
+					t.Fatalf("problem %d, %d of %d bytes, or a bad checksum", res, in.End, len(b))
+				}
+				got = append(got, b[l4+l4len:]...)
+				return true
+			})
+			if !ok || !bytes.Equal(got, data) {
+				t.Errorf("%v, %d bytes", ok, len(got))
+			}
+		})
+	}
+}
+
 func TestDHCPThroughTheEngine(t *testing.T) {
 	w := newWorld(t)
 	m, err := dhcpv4.NewDiscovery([]byte{0x52, 0x54, 0, 0, 0, 3})

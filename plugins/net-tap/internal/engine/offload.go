@@ -78,19 +78,26 @@ func (p *Packet) CompleteCsum() bool {
 	return true
 }
 
-// Segment cuts a TCP packet whose segmentation was left to be done. It calls f with each segment, whose
+// Segment cuts a TCP or UDP packet whose segmentation was left to be done. It calls f with each segment, whose
 // head is in room and which is valid until f returns; the payload is not copied. Segments still want their
 // checksums. It is false if the packet is none that can be cut, or f says so.
 func (p *Packet) Segment(room *[HeadLen]byte, q *Packet, f func(q *Packet) bool) bool {
 	in, size := &p.info, int(p.GSOSize)
 	hdr := p.transportEnd()
-	if g := p.GSO &^ GSOECN; g != GSOTCP4 && g != GSOTCP6 || size == 0 || hdr > len(p.Head) || hdr > len(room) || hdr < in.L4+wire.TCPMinLen {
+	g, least := p.GSO&^GSOECN, wire.TCPMinLen
+	if g == GSOUDPL4 {
+		least = wire.UDPLen
+	}
+	if g != GSOTCP4 && g != GSOTCP6 && g != GSOUDPL4 || size == 0 || hdr > len(p.Head) || hdr > len(room) || hdr < in.L4+least {
 		return false
 	}
 	ip := p.Head[wire.EthLen:]
 	id := wire.Be16(ip[4:])
 	seq := uint32(wire.GetIP4(p.Head[in.L4+4:]))
-	flags := p.Head[in.L4+13]
+	flags := uint8(0)
+	if g != GSOUDPL4 {
+		flags = p.Head[in.L4+13]
+	}
 	for at := hdr; at < p.Len; at += size {
 		n := min(size, p.Len-at)
 		copy(room[:hdr], p.Head[:hdr])
@@ -99,31 +106,37 @@ func (p *Packet) Segment(room *[HeadLen]byte, q *Packet, f func(q *Packet) bool)
 		var pseudo uint64
 		if in.V6 {
 			wire.PutBe16(h[4:], uint16(hdr-wire.EthLen-wire.IPv6Len+n))
-			pseudo = wire.PseudoSum6(h[8:], wire.ProtoTCP, hdr-in.L4+n)
+			pseudo = wire.PseudoSum6(h[8:], in.Proto, hdr-in.L4+n)
 		} else {
 			wire.PutBe16(h[2:], uint16(hdr-wire.EthLen+n))
 			wire.PutBe16(h[4:], id)
 			id++
 			wire.PutBe16(h[10:], 0)
 			wire.PutBe16(h[10:], wire.Checksum(h[:l4]))
-			pseudo = wire.PseudoSum4(h[12:], wire.ProtoTCP, hdr-in.L4+n)
+			pseudo = wire.PseudoSum4(h[12:], in.Proto, hdr-in.L4+n)
 		}
-		wire.IP4(seq + uint32(at-hdr)).Put(h[l4+4:])
-		fl := flags
-		if at+n < p.Len {
-			fl &^= tcpFIN | tcpPSH // only the last one
+		offs := 16
+		if g == GSOUDPL4 {
+			offs = 6
+			wire.PutBe16(h[l4+4:], uint16(wire.UDPLen+n))
+		} else {
+			wire.IP4(seq + uint32(at-hdr)).Put(h[l4+4:])
+			fl := flags
+			if at+n < p.Len {
+				fl &^= tcpFIN | tcpPSH // only the last one
+			}
+			if at > hdr {
+				fl &^= tcpCWR // only the first one (RFC 3168)
+			}
+			h[l4+13] = fl
 		}
-		if at > hdr {
-			fl &^= tcpCWR // only the first one (RFC 3168)
-		}
-		h[l4+13] = fl
-		wire.PutBe16(h[l4+16:], ^wire.Fold(pseudo))
+		wire.PutBe16(h[l4+offs:], ^wire.Fold(pseudo))
 		q.Head = room[:hdr]
 		q.Tail = p.Range(q.tail[:0], at, n)
 		q.Len = hdr + n
 		q.info = *in
 		q.info.End = q.Len
-		q.Offload = Offload{Flags: NeedsCsum, CsumStart: uint16(in.L4), CsumOffs: 16}
+		q.Offload = Offload{Flags: NeedsCsum, CsumStart: uint16(in.L4), CsumOffs: uint16(offs)}
 		if !f(q) {
 			return false
 		}

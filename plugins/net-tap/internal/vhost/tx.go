@@ -124,6 +124,8 @@ func (p *Port) give(r *ring, pkt *engine.Packet, used *uint16) outcome {
 		cut = !p.has(fGuestTSO4)
 	case engine.GSOTCP6:
 		cut = !p.has(fGuestTSO6)
+	case engine.GSOUDPL4: // from a TAP, whose hypervisor knows it: no guest of ours is offered it
+		cut = true
 	default:
 		return lost
 	}
