@@ -180,8 +180,6 @@ func (a *app) removed(resp *apiv1.DeleteResponse, dry bool, what string) error {
 	return nil
 }
 
-// emitLineOr prints a result that may come once for each argument: as JSON one line each.
-func (a *app) emitLineOr(v any) error { return a.emitLine(v) }
 
 func nonNil(s []string) []string {
 	if s == nil {
