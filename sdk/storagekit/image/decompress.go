@@ -165,18 +165,19 @@ func (c *converter) compressedQcow2(ctx context.Context, r io.Reader, kind Kind)
 // drain reads r to its end and writes what is not zero into dst; decompressing and writing overlap.
 func (c *converter) drain(ctx context.Context, r io.Reader, dst Target, kind Kind, limit int64, over func(uint64, int64) error) (int64, error) {
 	type piece struct {
-		b   []byte
+		b   *[]byte
+		n   int
 		off int64
 	}
-	pool := sync.Pool{New: func() any { return make([]byte, chunk) }}
+	pool := sync.Pool{New: func() any { b := make([]byte, chunk); return &b }}
 	work := make(chan piece, c.lim.Writers)
 	var size int64
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		defer close(work)
 		for {
-			buf := pool.Get().([]byte)[:chunk]
-			n, err := io.ReadFull(r, buf)
+			buf, _ := pool.Get().(*[]byte)
+			n, err := io.ReadFull(r, *buf)
 			// Here ErrUnexpectedEOF means a short last piece only when the decompressor says EOF next.
 			if errors.Is(err, io.ErrUnexpectedEOF) {
 				var one [1]byte
@@ -190,7 +191,7 @@ func (c *converter) drain(ctx context.Context, r io.Reader, dst Target, kind Kin
 				return over(uint64(size)+uint64(n), limit)
 			}
 			select {
-			case work <- piece{buf[:n], size}:
+			case work <- piece{buf, n, size}:
 			case <-ctx.Done():
 				return ctx.Err()
 			}
@@ -203,11 +204,11 @@ func (c *converter) drain(ctx context.Context, r io.Reader, dst Target, kind Kin
 	for range c.lim.Writers {
 		g.Go(func() error {
 			for p := range work {
-				n, err := writeSparse(dst, p.b, p.off)
+				n, err := writeSparse(dst, (*p.b)[:p.n], p.off)
 				if err != nil {
 					return err
 				}
-				pool.Put(p.b[:chunk]) //nolint:staticcheck // one small allocation per 2 MiB
+				pool.Put(p.b)
 				c.rep.Progress(-1, 0, n)
 			}
 			return nil

@@ -190,7 +190,7 @@ func TestTruncatedEverywhere(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for cut := 4; cut < len(img)-512; cut += len(img)/97 + 1 {
+		for cut := 4; cut < len(img)-512; cut += len(img)/41 + 1 {
 			_, _, _, err := convertBytes(t, img[:cut])
 			if errs.KindOf(err) != errs.Invalid || errs.RemedyOf(err) == "" {
 				t.Fatalf("%v cut at %d of %d: %v", args, cut, len(img), err)

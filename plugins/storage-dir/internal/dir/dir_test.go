@@ -243,7 +243,7 @@ func TestForeignFilesStay(t *testing.T) {
 	for _, f := range foreign {
 		os.WriteFile(filepath.Join(root, f), []byte("x"), 0o600)
 	}
-	s = open(t, root, options())
+	open(t, root, options())
 	for _, f := range mine {
 		if _, err := os.Stat(filepath.Join(root, ".tmp", f)); err == nil {
 			t.Errorf("%s was not swept", f)

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	bolt "go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
 
 	"github.com/mvirt/mvirt/sdk/errs"
 	"github.com/mvirt/mvirt/sdk/storage"
@@ -114,7 +115,7 @@ var buckets = [...]string{"meta", "objects", "intents", "imports"}
 func Open(path string) (*Store, error) {
 	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: 3 * time.Second, FreelistType: bolt.FreelistMapType})
 	if err != nil {
-		if errors.Is(err, bolt.ErrTimeout) {
+		if errors.Is(err, bolterrors.ErrTimeout) {
 			return nil, errs.New(errs.Precondition, "%s is in use by another process", path).
 				Do("stop the other storage plugin that serves this place")
 		}
