@@ -336,7 +336,9 @@ func (s *Service) bring(st *store.Store, j *job, rec *store.Import) error {
 	if err := st.Apply(store.Change{PutImport: rec}); err != nil {
 		return err
 	}
+	stop := s.guardSpace(j)
 	res, err := importer.Run(j.ctx, ij)
+	stop()
 	if err != nil {
 		return err
 	}
@@ -364,6 +366,35 @@ func (s *Service) bring(st *store.Store, j *job, rec *store.Import) error {
 		return err
 	}
 	return nil
+}
+
+// spaceLook is the time between two looks at the space while an import runs.
+const spaceLook = time.Second
+
+// guardSpace ends an import before it takes the last space from guests that run: at 64 MiB, or a fiftieth of a
+// small place. Where it fills faster than we look, writing fails by itself.
+func (s *Service) guardSpace(j *job) (stop func()) {
+	ctx, cancel := context.WithCancel(j.ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		t := time.NewTicker(spaceLook)
+		defer t.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-t.C:
+			}
+			sp, err := s.backend.Space(ctx)
+			if err == nil && sp.Available < min(64<<20, sp.Total/50) {
+				j.cancel(errs.New(errs.Exhausted, "the image does not fit: %s has no more than %d MiB left", sp.Place, sp.Available>>20).
+					Because("NO_SPACE").Do("free space where volumes are kept, then import again"))
+				return
+			}
+		}
+	}()
+	return func() { cancel(); <-done }
 }
 
 // noSpace says where there is no space, and what to do.

@@ -55,6 +55,7 @@ type child struct {
 	hint   int64
 	dense  bool
 	wrote  atomic.Int64
+	dirty  atomic.Int64 // written to a device and perhaps not there yet
 
 	mu      sync.Mutex
 	cond    sync.Cond
@@ -228,11 +229,20 @@ func (c *child) tell(stop <-chan struct{}) {
 // WriteAt writes to the target, waiting for it the first time.
 func (c *child) WriteAt(p []byte, off int64) (int, error) {
 	n, err := c.target.WriteAt(p, off)
+	if err == nil && c.block && c.dirty.Add(int64(n)) >= writeBehind {
+		c.dirty.Store(0)
+		err = unix.SyncFileRange(int(c.target.Fd()), 0, 0,
+			unix.SYNC_FILE_RANGE_WAIT_BEFORE|unix.SYNC_FILE_RANGE_WRITE|unix.SYNC_FILE_RANGE_WAIT_AFTER)
+	}
 	if err != nil {
 		return n, fmt.Errorf("write the disk: %w", err)
 	}
 	return n, nil
 }
+
+// writeBehind is how much is written to a device before it is waited for. Without that a whole image would
+// gather in the page cache, and a full pool would show only at the end, block by block.
+const writeBehind = 32 << 20
 
 // Grow makes room: a file by itself, a device by asking the parent.
 func (c *child) Grow(size int64) error { return c.ensureTarget(size) }
