@@ -180,7 +180,6 @@ func (a *app) removed(resp *apiv1.DeleteResponse, dry bool, what string) error {
 	return nil
 }
 
-
 func nonNil(s []string) []string {
 	if s == nil {
 		return []string{}
