@@ -43,6 +43,13 @@ func (h *hub) sendLocked(e vmm.Event) {
 	}
 }
 
+// watched tells whether anybody watches.
+func (h *hub) watched() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return len(h.subs) > 0
+}
+
 func (h *hub) close() {
 	h.mu.Lock()
 	defer h.mu.Unlock()

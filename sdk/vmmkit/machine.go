@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"github.com/mvirt/mvirt/sdk/errs"
-	"github.com/mvirt/mvirt/sdk/service"
 	"github.com/mvirt/mvirt/sdk/vmm"
 	"github.com/mvirt/mvirt/sdk/vmmkit/console"
 	"github.com/mvirt/mvirt/sdk/vmmkit/proc"
@@ -277,6 +276,7 @@ func (v *machine) endRun(r *run, exit proc.Exit) {
 	v.m.removeSockets(v.id)
 	v.con.Detach()
 
+	watched := v.m.hub.watched() // whoever watches the events audits what they say
 	v.mu.Lock()
 	v.run = nil
 	v.state = 0 // so that the reason counts from now, whatever the state was
@@ -285,22 +285,9 @@ func (v *machine) endRun(r *run, exit proc.Exit) {
 	v.mu.Unlock()
 	v.m.clearCondition(condNoAnswer, v.id)
 	v.m.o.Log.Info("hypervisor ended", "vm", v.id, "pid", r.rec.Process.PID, "exit", exit.String(), "reason", reason)
-	if !asked || reason == reasonGuestOff {
+	if (!asked || reason == reasonGuestOff) && !watched {
 		v.m.audit(v.id, "VM "+st.State.String()+": "+reason, map[string]string{"state": st.State.String()})
-		v.m.tell(v.id, "vm."+st.State.String(), map[string]string{"reason": reason})
 	}
-}
-
-// tell publishes something to the host; it may be lost.
-func (m *Manager) tell(id, typ string, labels map[string]string) {
-	ev := service.Event{Time: m.o.Now(), Type: typ, Objects: []string{id}, Labels: labels}
-	m.wg.Add(1)
-	go func() {
-		defer m.wg.Done()
-		ctx, cancel := context.WithTimeout(m.ctx, askTimeout)
-		defer cancel()
-		_ = m.o.Host.Publish(ctx, ev)
-	}()
 }
 
 // endCause marks why a run is ended, unless a reason is known already.

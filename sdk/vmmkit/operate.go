@@ -43,12 +43,12 @@ func (v *machine) event(r *run, l *link, e Event) {
 			v.reason = ""
 		}
 		v.publishLocked(vmm.EventRebooted)
-		v.m.tell(v.id, "vm.rebooted", nil)
 	case EventPanic:
 		v.reason = reasonPanicked
+		if !v.m.hub.watched() {
+			v.m.audit(v.id, "the guest's kernel panicked", nil)
+		}
 		v.publishLocked(vmm.EventPanicked)
-		v.m.audit(v.id, "the guest's kernel panicked", nil)
-		v.m.tell(v.id, "vm.panicked", nil)
 	case EventPaused:
 		if v.state == vmm.StateRunning && r.soft == nil {
 			v.setLocked(vmm.StatePaused, e.Reason)

@@ -231,7 +231,8 @@ func (m *Manager) List(context.Context) ([]vmm.VM, error) {
 // vmDir is a VM's own directory.
 func (m *Manager) vmDir(id string) string { return filepath.Join(m.o.DataDir, "vm", id) }
 
-// audit records a change that nobody asked for. It must not hold anybody up.
+// audit records a change that nobody asked for and nobody saw: who watches the events audits them. It must not
+// hold anybody up.
 func (m *Manager) audit(id, message string, labels map[string]string) {
 	rec := service.AuditRecord{ID: ident.New(), Time: m.o.Now(), Message: message, Objects: []string{id}, Labels: labels}
 	m.wg.Add(1)

@@ -17,7 +17,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 	"unsafe"
@@ -121,7 +120,6 @@ type Process struct {
 	child bool
 	fd    *os.File // pidfd, non-blocking
 
-	once sync.Once
 	done chan struct{} // closed when the process has ended
 	exit Exit          // valid after done
 	err  error

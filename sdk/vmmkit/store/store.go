@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
 
 	"github.com/mvirt/mvirt/sdk/errs"
 	"github.com/mvirt/mvirt/sdk/vmm"
@@ -83,7 +84,7 @@ func Open(dir string) (*DB, error) {
 	path := filepath.Join(dir, "mvirt.db")
 	db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: 2 * time.Second, NoFreelistSync: true, FreelistType: bbolt.FreelistMapType})
 	switch {
-	case errors.Is(err, bbolt.ErrTimeout):
+	case errors.Is(err, berrors.ErrTimeout):
 		return nil, errs.New(errs.Unavailable, "%s is in use by another process", path).Because("STORE_IN_USE").
 			Do("stop the other plugin, or give this one another data directory")
 	case errors.Is(err, os.ErrPermission):

@@ -25,7 +25,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
-	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -57,7 +56,6 @@ type Driver struct {
 	since time.Time
 	kvm   error // nil: usable
 
-	once    sync.Once
 	probed  chan struct{} // closed when what follows is set
 	binary  string
 	version string

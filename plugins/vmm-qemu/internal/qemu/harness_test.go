@@ -46,7 +46,7 @@ func (h *host) said(s string) bool {
 
 // rig is a plugin on a directory, in this process.
 type rig struct {
-	t     *testing.T
+	t     testing.TB
 	dir   string
 	m     *vmmkit.Manager
 	host  *host
@@ -54,6 +54,11 @@ type rig struct {
 }
 
 func newRig(t *testing.T) *rig {
+	t.Helper()
+	return newRigTB(t)
+}
+
+func newRigTB(t testing.TB) *rig {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	defer cancel()
@@ -80,7 +85,7 @@ func (r *rig) open() {
 	}
 }
 
-type testWriter struct{ t *testing.T }
+type testWriter struct{ t testing.TB }
 
 func (w testWriter) Write(b []byte) (int, error) {
 	w.t.Helper()
@@ -207,7 +212,7 @@ func (r *rig) awaitState(id string, s vmm.State) vmm.VM {
 
 // console is a session that a test reads and types in.
 type consoleRig struct {
-	t    *testing.T
+	t    testing.TB
 	in   chan []byte
 	mu   sync.Mutex
 	got  bytes.Buffer

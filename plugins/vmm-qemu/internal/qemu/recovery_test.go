@@ -168,7 +168,6 @@ func TestEndsWhileAway(t *testing.T) {
 	if got.Reason != reasonOff || got.Desired != vmm.StateStopped {
 		t.Errorf("powered off while away: %+v", got)
 	}
-	poll(t, "an audit record", func() bool { return r.host.said("guest powered off") })
 
 	vm = r.start(vm.ID, vmm.StartRequest{})
 	r.close()
@@ -178,6 +177,7 @@ func TestEndsWhileAway(t *testing.T) {
 	if got := r.get(vm.ID); got.State != vmm.StateFailed || got.Desired != vmm.StateRunning {
 		t.Errorf("crashed while away: %+v", got)
 	}
+	poll(t, "an audit record", func() bool { return r.host.said("while the plugin was away") })
 
 	vm = r.start(vm.ID, vmm.StartRequest{})
 	r.close()
