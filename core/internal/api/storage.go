@@ -144,9 +144,10 @@ func (a *volumesAPI) Create(ctx context.Context, req *apiv1.CreateVolumeRequest)
 		return nil, errs.Field("size_bytes", "give a size, or what to clone", "an empty volume needs a size")
 	}
 	if req.GetId() != "" {
-		if v, err := a.storage.GetVolume(ctx, storage.Ref{Ref: id}); err == nil {
+		if _, err := a.storage.GetVolume(ctx, storage.Ref{Ref: id}); err == nil {
 			// The plugin knows whether it is the same request; an operation would undo what was there before.
-			if v, err = a.storage.CreateVolume(ctx, create); err != nil {
+			v, err := a.storage.CreateVolume(ctx, create)
+			if err != nil {
 				return nil, err
 			}
 			return convert.Volume(v, usersOf(a.lookup.vms(ctx), id)), nil

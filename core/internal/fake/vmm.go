@@ -39,12 +39,7 @@ func copyVM(v *vmm.VM) vmm.VM {
 }
 
 // open are the volumes that a live VM's hypervisor has open.
-func (w *World) open(v *vmm.VM) (ids []string) {
-	for _, l := range strings.Fields(v.Hypervisor) {
-		ids = append(ids, l)
-	}
-	return ids
-}
+func (w *World) open(v *vmm.VM) []string { return strings.Fields(v.Hypervisor) }
 
 func (w *World) tellLocked(typ vmm.EventType, v *vmm.VM) {
 	for ch := range w.watchers {

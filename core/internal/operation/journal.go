@@ -9,6 +9,7 @@ import (
 	"time"
 
 	bolt "go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
 
 	"github.com/mvirt/mvirt/sdk/errs"
 )
@@ -39,7 +40,7 @@ func openJournal(path string) (*journal, error) {
 	}
 	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: 2 * time.Second, FreelistType: bolt.FreelistMapType, NoFreelistSync: true})
 	if err != nil {
-		if errors.Is(err, bolt.ErrTimeout) {
+		if errors.Is(err, berrors.ErrTimeout) {
 			return nil, &errs.Error{Kind: errs.Precondition, Message: "the journal " + path + " is in use by another process", Remedy: "stop the other mvirtd, or give this one another state_dir", Err: err}
 		}
 		return nil, &errs.Error{Kind: errs.Corrupt, Message: "open journal " + path, Remedy: "restore the core's state_dir from a backup, or move the file away: operations under way at the last end are then not undone", Err: err}

@@ -177,10 +177,6 @@ func errUnsupported(op string, f service.Feature) error {
 		Remedy: "use a plugin that lists it in `mvirt plugin show`"}
 }
 
-func none(fn func(context.Context) error) func(context.Context, struct{}) (struct{}, error) {
-	return func(ctx context.Context, _ struct{}) (struct{}, error) { return struct{}{}, fn(ctx) }
-}
-
 func noReq[Resp any](fn func(context.Context) (Resp, error)) func(context.Context, struct{}) (Resp, error) {
 	return func(ctx context.Context, _ struct{}) (Resp, error) { return fn(ctx) }
 }

@@ -5,8 +5,7 @@ import (
 	"go/ast"
 	"go/parser"
 	"go/token"
-	"io/fs"
-	"sort"
+	"path/filepath"
 	"strings"
 )
 
@@ -70,27 +69,27 @@ type method struct {
 // load reads the contract package in dir.
 func load(dir string) (*model, error) {
 	fset := token.NewFileSet()
-	pkgs, err := parser.ParseDir(fset, dir, func(fi fs.FileInfo) bool { return !strings.HasSuffix(fi.Name(), "_test.go") }, parser.ParseComments)
+	names, err := filepath.Glob(filepath.Join(dir, "*.go")) // in order
 	if err != nil {
 		return nil, err
 	}
 	m := &model{dir: dir}
-	for name, pkg := range pkgs {
-		m.pkg = name
-		var files []string
-		for f := range pkg.Files {
-			files = append(files, f)
+	for _, name := range names {
+		if strings.HasSuffix(name, "_test.go") {
+			continue
 		}
-		sort.Strings(files)
-		for _, f := range files {
-			if d := pkg.Files[f].Doc.Text(); d != "" {
-				m.doc = d
-			}
-			for _, decl := range pkg.Files[f].Decls {
-				if gd, ok := decl.(*ast.GenDecl); ok {
-					if err := m.decl(gd); err != nil {
-						return nil, fmt.Errorf("%s: %w", fset.Position(gd.Pos()), err)
-					}
+		file, err := parser.ParseFile(fset, name, nil, parser.ParseComments)
+		if err != nil {
+			return nil, err
+		}
+		m.pkg = file.Name.Name
+		if d := file.Doc.Text(); d != "" {
+			m.doc = d
+		}
+		for _, decl := range file.Decls {
+			if gd, ok := decl.(*ast.GenDecl); ok {
+				if err := m.decl(gd); err != nil {
+					return nil, fmt.Errorf("%s: %w", fset.Position(gd.Pos()), err)
 				}
 			}
 		}

@@ -17,6 +17,12 @@ type region struct {
 	user uint64 // address in the front-end: what ring addresses say
 	mem  []byte // exactly the region
 	full []byte // the mapping that it lies in
+	fd   int    // its file, kept for Session
+}
+
+func (r *region) unmap() {
+	_ = unix.Munmap(r.full)
+	unix.Close(r.fd)
 }
 
 // memory is a guest's memory.
@@ -30,8 +36,12 @@ const regionLen = 32
 
 // mapRegion maps one region from its file, which it takes over. The file must hold the region now; should it
 // shrink later, an access faults, which ends the NIC's connection (see the worker's loop).
-func mapRegion(gpa, size, user, offset uint64, fd int) (region, error) {
-	defer unix.Close(fd)
+func mapRegion(gpa, size, user, offset uint64, fd int) (_ region, err error) {
+	defer func() {
+		if err != nil {
+			unix.Close(fd)
+		}
+	}()
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
 		return region{}, err
@@ -48,7 +58,7 @@ func mapRegion(gpa, size, user, offset uint64, fd int) (region, error) {
 		return region{}, fmt.Errorf("map guest memory: %w", err)
 	}
 	_ = unix.Madvise(full, unix.MADV_DONTDUMP)
-	return region{gpa: gpa, user: user, mem: full[offset : offset+size : offset+size], full: full}, nil
+	return region{gpa: gpa, user: user, mem: full[offset : offset+size : offset+size], full: full, fd: fd}, nil
 }
 
 func (r *region) overlaps(o *region) bool {
@@ -70,7 +80,7 @@ func (m *memory) add(r region) error {
 			return nil
 		}
 	}
-	_ = unix.Munmap(r.full)
+	r.unmap()
 	return err
 }
 
@@ -78,7 +88,7 @@ func (m *memory) add(r region) error {
 func (m *memory) remove(gpa, size, user uint64) bool {
 	for i := range m.regions {
 		if r := &m.regions[i]; r.gpa == gpa && uint64(len(r.mem)) == size && r.user == user {
-			_ = unix.Munmap(r.full)
+			r.unmap()
 			m.regions = append(m.regions[:i], m.regions[i+1:]...)
 			m.last = 0
 			return true
@@ -90,7 +100,7 @@ func (m *memory) remove(gpa, size, user uint64) bool {
 // clear unmaps everything.
 func (m *memory) clear() {
 	for i := range m.regions {
-		_ = unix.Munmap(m.regions[i].full)
+		m.regions[i].unmap()
 	}
 	m.regions, m.last = nil, 0
 }

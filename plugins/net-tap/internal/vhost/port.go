@@ -30,6 +30,8 @@ type Host interface {
 	Unwatch(fd int)
 	// Broken asks for Fail when the burst that is under way is over.
 	Broken(p *Port)
+	// Told says that the front-end has said something that changes the Session, or has gone.
+	Told(p *Port)
 	// Changed says that the port came up or went down, or why it failed.
 	Changed(p *Port, up bool, trouble string)
 }
@@ -66,7 +68,6 @@ type Port struct {
 	copies  [engine.Burst][engine.HeadLen]byte
 	backlog backlog
 	seg     segmenter
-	rxPair  uint32
 	trouble error // found while a burst was under way
 }
 
@@ -165,11 +166,18 @@ func (p *Port) accept() {
 const maxMessages = 16
 
 func (p *Port) talk() {
+	told := false
+	defer func() {
+		if told && p.conn >= 0 {
+			p.host.Told(p)
+		}
+	}()
 	for range maxMessages {
 		done, err := p.msg.read(p.conn)
 		if err == nil && done {
 			err = p.handle(&p.msg)
 			p.msg.reset()
+			told = true
 		}
 		switch {
 		case errors.Is(err, io.EOF):
@@ -205,6 +213,8 @@ func (p *Port) disconnect(why string) {
 		r.closeFDs()
 	}
 	p.host.Unwatch(p.conn)
+	// Others may hold the connection for the next worker: the front-end must see its end all the same.
+	_ = unix.Shutdown(p.conn, unix.SHUT_RDWR)
 	unix.Close(p.conn)
 	p.conn = -1
 	p.msg.reset()
@@ -213,6 +223,7 @@ func (p *Port) disconnect(why string) {
 	p.backlog.reset()
 	p.up = false
 	p.host.Changed(p, false, why)
+	p.host.Told(p)
 }
 
 // startRing starts a ring, or starts it anew with other addresses.

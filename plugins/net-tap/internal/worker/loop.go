@@ -270,7 +270,7 @@ func (l *loop) serveVhost(s *source, fd int32) {
 	}
 }
 
-// Watch, Unwatch, Broken and Changed make a source the vhost.Host of its port.
+// Watch, Unwatch, Broken, Told and Changed make a source the vhost.Host of its port.
 func (s *source) Watch(fd int) error {
 	s.loop.sources[int32(fd)] = s
 	return s.loop.watch(fd)
@@ -284,6 +284,9 @@ func (s *source) Unwatch(fd int) {
 
 // Broken implements vhost.Host.
 func (s *source) Broken(p *vhost.Port) { s.loop.broken = append(s.loop.broken, p) }
+
+// Told implements vhost.Host: the control plane asks for the session, to have it should this worker die.
+func (s *source) Told(*vhost.Port) { s.loop.events(s.id, "session", "") }
 
 // Changed implements vhost.Host.
 func (s *source) Changed(p *vhost.Port, up bool, trouble string) {

@@ -21,6 +21,7 @@ import (
 
 	"github.com/mvirt/mvirt/plugins/net-tap/internal/engine"
 	"github.com/mvirt/mvirt/plugins/net-tap/internal/port"
+	"github.com/mvirt/mvirt/plugins/net-tap/internal/vhost"
 	"github.com/mvirt/mvirt/plugins/net-tap/internal/wctl"
 )
 
@@ -48,8 +49,8 @@ func Main(args []string) int {
 	}
 	// Little memory is live and none is made per packet: collect often rather than grow.
 	debug.SetGCPercent(20)
-	time.Sleep(1)          // makes the runtime open its own descriptors now
-	runtime.LockOSThread() // no_new_privs and the filter are set by one thread for all
+	time.Sleep(time.Nanosecond) // makes the runtime open its own descriptors now
+	runtime.LockOSThread()      // no_new_privs and the filter are set by one thread for all
 	sandbox, err := confine()
 	runtime.UnlockOSThread()
 	if err != nil {
@@ -76,7 +77,8 @@ type server struct {
 	busy  sync.Mutex       // one request at a time; guards what follows
 	kept  map[string][]int // TAP queues or listening sockets of NICs, kept for the control plane
 	up    bool
-	flows int // memfd of the flow table, or -1
+	lent  []int // descriptors to close when the reply is sent
+	flows int   // memfd of the flow table, or -1
 }
 
 func serve(network string, uid int, sandbox string) error {
@@ -140,6 +142,8 @@ func (s *server) talk(fd int) {
 			rep.Error = err.Error()
 		}
 		err = wctl.Send(fd, rep, give...)
+		wctl.CloseAll(s.lent)
+		s.lent = nil
 		s.busy.Unlock()
 		if req.Op == wctl.OpStop {
 			s.loop.do(func() { s.loop.stop = true })
@@ -152,7 +156,9 @@ func (s *server) talk(fd int) {
 
 // event tells the control plane, if there is one.
 func (s *server) event(id, typ, text string) {
-	log.Printf("NIC %s: %s: %s", id, typ, text)
+	if typ != "session" {
+		log.Printf("NIC %s: %s: %s", id, typ, text)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.conn >= 0 {
@@ -165,7 +171,7 @@ func (s *server) event(id, typ, text string) {
 func (s *server) handle(req *wctl.Request, fds []int, rep *wctl.Reply) (give []int, err error) {
 	left := fds // closed at the end unless somebody took them
 	defer func() { wctl.CloseAll(left) }()
-	if len(fds) > 0 && req.Op != wctl.OpFlows { // the port's own; TAP queues are the hypervisor's to set
+	if len(fds) > 0 && req.Op != wctl.OpFlows && req.Op != wctl.OpSession { // the port's own; TAP queues are the hypervisor's to set
 		if err := unix.SetNonblock(fds[0], true); err != nil {
 			return nil, err
 		}
@@ -225,6 +231,32 @@ func (s *server) handle(req *wctl.Request, fds []int, rep *wctl.Reply) (give []i
 			s.dropKept(req.ID)
 		}
 		return nil, err
+	case wctl.OpSession:
+		if req.Session != nil {
+			left = nil
+			s.loop.do(func() {
+				if v, ok := s.loop.router.Port(req.ID).(*vhost.Port); ok {
+					err = v.Resume(req.Session, fds)
+				} else {
+					wctl.CloseAll(fds)
+				}
+			})
+			return nil, err
+		}
+		s.loop.do(func() {
+			if v, ok := s.loop.router.Port(req.ID).(*vhost.Port); ok {
+				var now []int
+				if rep.Session, now = v.Session(); len(now) > wctl.MaxFDs {
+					rep.Session, now = nil, nil // its front-end has to connect again
+				}
+				for _, fd := range now { // the port may close its own before they are sent
+					if d, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3); err == nil {
+						give = append(give, d)
+					}
+				}
+			}
+		})
+		s.lent = give
 	case wctl.OpLeg:
 		if len(fds) != 1 {
 			return nil, fmt.Errorf("%d descriptors, want one packet socket", len(fds))
