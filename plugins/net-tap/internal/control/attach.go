@@ -230,7 +230,49 @@ func rawFD(f *os.File) int {
 	return fd
 }
 
+// session is a vhost-user session and its descriptors.
+type session struct {
+	state *vhost.Session
+	fds   []int
+}
+
+// fetchSession asks for a NIC's session, to give it to the next worker. rt.mu is held.
+func (rt *runtime) fetchSession(id string) {
+	rep, fds, err := rt.ask(wctl.Request{Op: wctl.OpSession, ID: id})
+	if err != nil {
+		wctl.CloseAll(fds)
+		return // the one that we have may still be good
+	}
+	rt.closeSession(id)
+	if rep.Session == nil || rt.listeners[id] == nil {
+		wctl.CloseAll(fds)
+		return
+	}
+	rt.sessions[id] = &session{rep.Session, fds}
+}
+
+// resume gives a NIC's session to a new worker. If that fails the front-end sees its connection end, and
+// connects again.
+func (rt *runtime) resume(id string) {
+	s := rt.sessions[id]
+	if s == nil {
+		return
+	}
+	if err := rt.call(wctl.Request{Op: wctl.OpSession, ID: id, Session: s.state}, s.fds...); err != nil {
+		rt.s.log.Warn("a vhost-user session is not resumed", "nic", id, "error", err)
+		rt.closeSession(id)
+	}
+}
+
+func (rt *runtime) closeSession(id string) {
+	if s := rt.sessions[id]; s != nil {
+		wctl.CloseAll(s.fds)
+		delete(rt.sessions, id)
+	}
+}
+
 func (rt *runtime) closeListener(id string) {
+	rt.closeSession(id)
 	if f := rt.listeners[id]; f != nil {
 		f.Close()
 		delete(rt.listeners, id)

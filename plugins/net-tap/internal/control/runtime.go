@@ -35,13 +35,14 @@ type runtime struct {
 	taps      map[string][]*os.File // queues of attached NICs, kept to be given again
 	listeners map[string]*os.File   // vhost-user sockets of attached NICs, kept for the next worker
 	gone      bool                  // deleted, or the service stops
+	sessions  map[string]*session   // of vhost-user front-ends, for the next worker
 	flows     *os.File              // the flow table, which outlives a worker
 	deaths    []time.Time           // of the worker, the recent ones
 }
 
 // newRuntime makes a network's runtime and starts what keeps it.
 func (s *Service) newRuntime(id string) *runtime {
-	rt := &runtime{s: s, id: id, taps: map[string][]*os.File{}, listeners: map[string]*os.File{}, kicked: make(chan struct{}, 1)}
+	rt := &runtime{s: s, id: id, taps: map[string][]*os.File{}, listeners: map[string]*os.File{}, sessions: map[string]*session{}, kicked: make(chan struct{}, 1)}
 	s.wg.Add(1)
 	go rt.keep()
 	return rt
@@ -234,6 +235,7 @@ func (rt *runtime) ensureAttached(n *nicRec, r *net.CreateNetworkRequest, live b
 			return rt.fetch(n.ID, func(fds []int) {
 				if len(fds) == 1 {
 					rt.listeners[n.ID] = os.NewFile(uintptr(fds[0]), rt.s.vhostPath(n.ID))
+					rt.fetchSession(n.ID)
 					return
 				}
 				wctl.CloseAll(fds)
@@ -243,7 +245,11 @@ func (rt *runtime) ensureAttached(n *nicRec, r *net.CreateNetworkRequest, live b
 		case rt.listeners[n.ID] == nil: // nobody has it any more
 			return rt.vhost(n, r)
 		}
-		return rt.connectVhost(n, r)
+		if err := rt.connectVhost(n, r); err != nil {
+			return err
+		}
+		rt.resume(n.ID)
+		return nil
 	}
 	if err := rt.ensureNS(); err != nil {
 		return err
@@ -400,6 +406,9 @@ func (rt *runtime) letGo() {
 	for id := range rt.listeners {
 		rt.closeListener(id)
 	}
+	for id := range rt.sessions {
+		rt.closeSession(id)
+	}
 	if rt.flows != nil {
 		rt.flows.Close()
 		rt.flows = nil
@@ -419,5 +428,15 @@ func (rt *runtime) event(ev wctl.Event) {
 			Labels: map[string]string{"reason": ev.Text}})
 	case "fine":
 		rt.s.clear("NIC_TROUBLE", ev.ID)
+	case "session":
+		rt.s.wg.Add(1)
+		go func() { // the caller reads the answers
+			defer rt.s.wg.Done()
+			rt.mu.Lock()
+			defer rt.mu.Unlock()
+			if !rt.gone {
+				rt.fetchSession(ev.ID)
+			}
+		}()
 	}
 }

@@ -102,7 +102,7 @@ func (r *rig) vhostGuest(n net.NIC) (*testguest.Guest, *vhostConn) {
 func TestVhostUser(t *testing.T) {
 	r := newRig(t)
 	outside(t)
-	r.network(nat("lan"))
+	lan := r.network(nat("lan"))
 	nicA := r.nic("lan")
 	a, ca := r.vhostGuest(nicA)
 	b := r.up(r.nic("lan")) // a TAP on the same network
@@ -130,8 +130,33 @@ func TestVhostUser(t *testing.T) {
 		t.Errorf("the control plane's restart lost %d of %d packets", lost, sent)
 	}
 	see()
-	// A worker that dies takes the connections with it; front-ends come back to the same socket.
-	r.signalWorker(syscall.SIGKILL)
+	// A worker that dies: the next one goes on with the sessions, and the front-ends notice nothing.
+	before := ca.d.Conn
+	gap, sent, lost := stream(t, a, c, func() {
+		time.Sleep(50 * time.Millisecond)
+		pid := r.signalWorker(syscall.SIGKILL)
+		eventually(t, "another worker runs", func() bool {
+			now, _ := r.GetNetwork(ctx, net.Ref{Ref: "lan"})
+			return now.WorkerPID != 0 && now.WorkerPID != pid
+		})
+		r.settle(lan.ID)
+		time.Sleep(100 * time.Millisecond)
+	})
+	t.Logf("worst gap %v, %d of %d lost", gap, lost, sent)
+	if gap > 500*time.Millisecond || lost == sent {
+		t.Errorf("packets did not flow for %v, %d of %d lost", gap, lost, sent)
+	}
+	see()
+	if ca.d.Conn != before {
+		t.Error("the front-end had to connect again")
+	}
+	// Both die: front-ends come back to the same socket.
+	pid := r.signalWorker(0)
+	if err := r.Shutdown(ctx); err != nil {
+		t.Fatal(err)
+	}
+	_ = syscall.Kill(int(pid), syscall.SIGKILL)
+	r.open()
 	began := time.Now()
 	if !ca.reconnect(5 * time.Second) {
 		t.Fatal("no way back")

@@ -1,8 +1,10 @@
 package hostnet
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"net"
 	"net/netip"
 	"os"
@@ -309,7 +311,11 @@ func (n *NS) EnsureLeg(i Instance, name, id, bridge string, mtu int) error {
 				return err
 			}
 		}
-		pair := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name, MTU: mtu}, PeerName: name, PeerNamespace: netlink.NsFd(n.fd), PeerMTU: uint32(mtu)}
+		// A bridge without an address of its own takes the lowest of its ports': ours must not change it.
+		h := fnv.New32a()
+		_, _ = h.Write([]byte(id))
+		high := net.HardwareAddr(binary.BigEndian.AppendUint32([]byte{0xfe, 0xff}, h.Sum32()))
+		pair := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name, MTU: mtu, HardwareAddr: high}, PeerName: name, PeerNamespace: netlink.NsFd(n.fd), PeerMTU: uint32(mtu)}
 		if err := host.LinkAdd(pair); err != nil {
 			return fmt.Errorf("veth pair %s: %w", name, err)
 		}

@@ -29,8 +29,8 @@ const Version = 1
 // MaxMessage is the longest message: well under the default socket buffer (net.core.wmem_default).
 const MaxMessage = 64 << 10
 
-// maxFDs is how many descriptors a message carries at most; the kernel's limit is 253 (SCM_MAX_FD).
-const maxFDs = 64
+// MaxFDs is how many descriptors a message carries at most; the kernel's limit is 253 (SCM_MAX_FD).
+const MaxFDs = 64
 
 // Op says what a request asks.
 type Op string
@@ -45,6 +45,7 @@ const (
 	OpAttachTAP   Op = "attach-tap"   // ID gets a port; descriptors: Sockets packet sockets, then TAP queues to keep
 	OpAttachVhost Op = "attach-vhost" // ID gets a vhost-user port; one descriptor: the listening socket
 	OpLeg         Op = "leg"          // ID gets its port on the host's bridge; one descriptor: a packet socket
+	OpSession     Op = "session"      // the vhost-user session of ID comes back; or, with Session: is resumed
 	OpDetach      Op = "detach"       // ID loses its port
 	OpFDs         Op = "fds"          // what was kept for ID comes back: TAP queues, or the listening socket
 	OpGroup       Op = "group"        // Group is added or changed
@@ -65,16 +66,18 @@ type Request struct {
 	Group   *engine.Group     `json:",omitempty"`
 	Sockets int               `json:",omitempty"`
 	Vhost   *vhost.Config     `json:",omitempty"`
+	Session *vhost.Session    `json:",omitempty"`
 }
 
 // Reply is what the worker sends.
 type Reply struct {
-	Seq   uint64
-	Error string      `json:",omitempty"`
-	Hello *Hello      `json:",omitempty"`
-	NICs  []NICStatus `json:",omitempty"`
-	More  bool        `json:",omitempty"` // OpStatus: ask again from the last one on
-	Event *Event      `json:",omitempty"`
+	Seq     uint64
+	Error   string         `json:",omitempty"`
+	Hello   *Hello         `json:",omitempty"`
+	NICs    []NICStatus    `json:",omitempty"`
+	Session *vhost.Session `json:",omitempty"`
+	More    bool           `json:",omitempty"` // OpStatus: ask again from the last one on
+	Event   *Event         `json:",omitempty"`
 }
 
 // Hello says who a worker is.
@@ -98,7 +101,7 @@ type NICStatus struct {
 // Event is what a worker says unasked.
 type Event struct {
 	ID   string // NIC
-	Type string // "trouble", "fine", "declined"
+	Type string // "trouble", "fine", "session": there is another to be asked for
 	Text string `json:",omitempty"`
 }
 
@@ -132,7 +135,7 @@ func send(fd, flags int, msg any, fds []int) error {
 // end of the connection is os.ErrClosed.
 func Receive(fd int, msg any) (fds []int, err error) {
 	b := make([]byte, MaxMessage+1)
-	oob := make([]byte, unix.CmsgSpace(4*maxFDs))
+	oob := make([]byte, unix.CmsgSpace(4*MaxFDs))
 	var n, oobn, flags int
 	for {
 		n, oobn, flags, _, err = unix.Recvmsg(fd, b, oob, unix.MSG_CMSG_CLOEXEC)
