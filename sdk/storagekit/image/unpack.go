@@ -22,7 +22,7 @@ func newUnpacker(kind compression, clusterSize int64) (*unpacker, error) {
 	if kind == compressionZstd {
 		var err error
 		// A frame is decoded into a buffer of one cluster; the window is never larger than that.
-		u.zstd, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
+		u.zstd, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(false),
 			zstd.WithDecoderMaxMemory(uint64(max(clusterSize, 1<<20))), zstd.IgnoreChecksum(false))
 		if err != nil {
 			return nil, err
