@@ -140,6 +140,12 @@ func TestHotplug(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.until("mvirt-guest: disk change vdb extra 6291456")
+	if err := r.m.DiskResized(t.Context(), vmm.DiskResizedRequest{ID: vm.ID, Name: "extra", SizeBytes: 1 << 20}); !errors.Is(err, errs.Invalid) {
+		t.Errorf("shrunk: %v", err)
+	}
+	if st, err := os.Stat(extra.Path); err != nil || st.Size() != 6<<20 {
+		t.Errorf("the volume: %v, %v", st, err)
+	}
 	c.send("dd if=/dev/zero of=/dev/vdb bs=64k count=16 conv=fsync && echo writ''ten\n")
 	c.until("written")
 	cnt, err := r.m.Counters(t.Context(), vmm.Ref{Ref: vm.ID})
@@ -189,6 +195,10 @@ func TestHotplug(t *testing.T) {
 	if !errors.Is(err, errs.Precondition) {
 		t.Errorf("vhost-user without shared memory: %v", err)
 	}
+	// What was there all the time has not noticed.
+	c = r.console(vm.ID, vmm.ConsoleRequest{})
+	c.send("dd if=/dev/vda of=/dev/null bs=1M iflag=direct && echo re''ad-all\n")
+	c.until("read-all")
 	if got := r.get(vm.ID); got.State != vmm.StateRunning {
 		t.Errorf("in the end: %+v", got)
 	}

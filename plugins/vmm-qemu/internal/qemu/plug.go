@@ -176,10 +176,40 @@ func (i *instance) PlugNIC(ctx context.Context, n vmm.NICAttachment) (err error)
 	return nil
 }
 
-// DiskResized makes QEMU look at a disk's new size and tell the guest.
+// DiskResized makes QEMU look at a disk's new size and tell the guest. A smaller one is refused: QEMU would cut
+// the volume short.
 func (i *instance) DiskResized(ctx context.Context, name string, size uint64) error {
 	if size == 0 || size > 1<<62 {
 		return errs.Field("size_bytes", "give the volume's size", "a size of %d bytes", size)
 	}
+	now, err := i.diskSize(ctx, name)
+	if err != nil {
+		return err
+	}
+	switch {
+	case size < now:
+		return errs.Field("size_bytes", "give the volume's size, which only grows", "disk %s has %d bytes and cannot become %d", name, now, size)
+	case size == now:
+		return nil
+	}
 	return i.c.Do(ctx, "block_resize", obj{"node-name": diskID(name), "size": size}, nil)
+}
+
+// diskSize is a disk's size as the guest sees it.
+func (i *instance) diskSize(ctx context.Context, name string) (uint64, error) {
+	var nodes []struct {
+		Name  string `json:"node-name"`
+		Image struct {
+			Size uint64 `json:"virtual-size"`
+		} `json:"image"`
+	}
+	if err := i.c.Do(ctx, "query-named-block-nodes", obj{"flat": true}, &nodes); err != nil {
+		return 0, err
+	}
+	for _, n := range nodes {
+		if n.Name == diskID(name) {
+			return n.Image.Size, nil
+		}
+	}
+	return 0, errs.New(errs.NotFound, "QEMU has no disk %s", name)
 }
