@@ -70,8 +70,12 @@ func TestLife(t *testing.T) {
 		}
 	}
 	if err := errors.Join(r.m.PlugDisk(t.Context(), vmm.PlugDiskRequest{ID: vm.ID, Disk: extra}),
+		os.Truncate(extra.Path, 8192),
 		r.m.DiskResized(t.Context(), vmm.DiskResizedRequest{ID: vm.ID, Name: "extra", SizeBytes: 8192})); err != nil {
 		t.Error(err)
+	}
+	if err := r.m.DiskResized(t.Context(), vmm.DiskResizedRequest{ID: vm.ID, Name: "extra", SizeBytes: 4096}); !errors.Is(err, errs.Invalid) {
+		t.Errorf("shrunk: %v", err)
 	}
 	vm, err = vmmkit.Resizable{Manager: r.m}.Resize(t.Context(), vmm.ResizeRequest{Ref: "vm1", CPUs: 4, MemoryBytes: 96 << 20})
 	if err != nil || vm.Spec.CPUs != 4 || vm.Spec.MemoryBytes != 96<<20 || vm.Generation != 2 {

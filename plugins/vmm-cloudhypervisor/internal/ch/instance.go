@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -420,9 +421,32 @@ func (i *instance) unplug(ctx context.Context, id string) error {
 	}
 }
 
-// DiskResized tells the guest of a disk's new size.
+// DiskResized tells the guest of a disk's new size, which must be that of the volume: to another size the
+// server would cut or stretch the file below.
 func (i *instance) DiskResized(ctx context.Context, name string, size uint64) error {
-	return i.c.Put(ctx, "vm.resize-disk", chapi.ResizeDisk{ID: diskID(name), Size: size}, nil)
+	var info chapi.Info
+	if err := i.c.Get(ctx, "vm.info", &info); err != nil {
+		return err
+	}
+	for _, d := range info.Config.Disks {
+		if d.ID != diskID(name) {
+			continue
+		}
+		f, err := os.Open(d.Path)
+		if err != nil {
+			return errs.Wrap(errs.Unknown, err, "disk %s cannot be opened", name)
+		}
+		defer f.Close()
+		end, err := f.Seek(0, io.SeekEnd) // works for block devices as well
+		if err != nil {
+			return errs.Wrap(errs.Unknown, err, "the size of disk %s cannot be read", name)
+		}
+		if uint64(end) != size {
+			return errs.Field("size_bytes", "give the volume's size", "disk %s has %d bytes, not %d", name, end, size)
+		}
+		return i.c.Put(ctx, "vm.resize-disk", chapi.ResizeDisk{ID: d.ID, Size: size}, nil)
+	}
+	return errs.New(errs.NotFound, "cloud-hypervisor has no disk %s", name)
 }
 
 // Resize sets vCPUs and memory. The guest brings them into use in its own time.

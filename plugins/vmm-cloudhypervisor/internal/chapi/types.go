@@ -95,7 +95,10 @@ type Ping struct {
 
 // Info is what we read of VmInfo.
 type Info struct {
-	State string `json:"state"`
+	State  string `json:"state"`
+	Config struct {
+		Disks []Disk `json:"disks"`
+	} `json:"config"`
 }
 
 // States of a VM.
