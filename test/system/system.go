@@ -16,6 +16,7 @@ import (
 	"os/exec"
 	"os/user"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -48,7 +49,8 @@ type Options struct {
 	Bin   string   // directory with the binaries; they are copied
 	Kinds []string // plugins; none: all four, or all but net without root
 	Args  map[string][]string
-	User  string // as root: run all of it as this ordinary user, who gets the directories
+	Down  []string // kinds that are not expected to come up
+	User  string   // as root: run all of it as this ordinary user, who gets the directories
 	// Config may change the configuration's text before it is written.
 	Config func(string) string
 	Log    io.Writer // nil: the file mvirtd.log in the directory
@@ -268,6 +270,12 @@ func (s *System) WaitUp(ctx context.Context, most time.Duration) error {
 		if err == nil {
 			last = nil
 			for _, p := range r.GetPlugins() {
+				if slices.Contains(s.opt.Down, p.GetKind()) {
+					if p.GetState() == "starting" {
+						last = fmt.Errorf("plugin %s is starting", p.GetKind())
+					}
+					continue
+				}
 				if p.GetState() != "up" && p.GetState() != "degraded" { // degraded serves, and says why
 					last = fmt.Errorf("plugin %s is %s: %s", p.GetKind(), p.GetState(), p.GetReason())
 				}
