@@ -3,6 +3,7 @@ package host
 import (
 	"context"
 	"fmt"
+	"io/fs"
 	"io"
 	"net"
 	"os"
@@ -83,6 +84,9 @@ func Launch(ctx context.Context, cfg Config) (*Plugin, error) {
 	p := &Plugin{proc: proc, exited: make(chan struct{}), out: readOutput(proc.Stdout, proc.Stderr, cfg.Log)}
 	err = p.serveHost(cfg.Host)
 	go p.reap()
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil // the launch directory goes with the process: it has ended already, and the handshake tells how
+	}
 	if err == nil {
 		err = p.start(ctx, cfg, limit)
 	}

@@ -83,6 +83,15 @@ func checkImport(req *apiv1.ImportTemplateRequest) error {
 // it; when it never gets there, the operation tells why.
 func (a *templatesAPI) follow(ctx context.Context, id, opID string, ss grpc.ServerStreamingServer[apiv1.Import]) error {
 	send := func(i storage.Import) error {
+		if i.State.Final() {
+			// The plugin is done a moment before our operation is, and until then the template is locked: whoever
+			// hears that the import is done must be able to use it.
+			if op := a.engine.On(i.ID); op != "" {
+				if err := a.engine.Watch(ctx, op, func(operation.Operation) error { return nil }); err != nil {
+					return err
+				}
+			}
+		}
 		out := convert.Import(i, grpcCode)
 		if i.State == storage.ImportDone {
 			t, err := a.storage.GetTemplate(ctx, storage.Ref{Ref: i.ID})
