@@ -187,6 +187,8 @@ func TestMatches(t *testing.T) {
 	}{
 		{"volume \xff resized", "resized", 1}, {"volume \xff resized", "gone", -1}, {"volume \xff resized", "e 5", 0},
 		{"vm \xfc gone", "abc", 0}, {"fixed", "x1", -1}, {"fixed", "core", -1}, {"a\xffb", "ab", -1},
+		{"vcpu \xff woken \xff times", "woken 77 times", 0}, {"vcpu \xff woken \xff times", "halted 77 times", -1}, {"id \xfd\x08 is", "d beef", 0},
+		{"id \xfd\x08 is", "d xeef", -1}, {"id \xf9 is", "d xeef", 0}, {"id \xfa\x00 is", "?!", 0}, {"a \xff", "", 1},
 	} {
 		s, err := ParseShape(1, c.text)
 		if err != nil {

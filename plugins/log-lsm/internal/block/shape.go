@@ -130,16 +130,58 @@ func (s *Shape) Matches(needle string) int {
 	if !variable {
 		return -1
 	}
-	// Variable parts that are only digits cannot hold, nor be part of, a needle without digits.
-	if strings.ContainsAny(needle, "0123456789") {
-		return 0
-	}
+	// What no variable part can hold must stand in the fixed text: each run of such bytes in the needle.
+	var in func(c byte) bool
+	kinds := byte(0)
 	for _, p := range s.message {
-		if p.mark != 0 && p.mark != markInt && p.mark != markDigits {
-			return 0
+		switch p.mark {
+		case 0, markInt, markDigits:
+		case markHex, markUUID:
+			kinds |= 1
+		case markString:
+			kinds |= 2
+		default:
+			return 0 // an object id is anything
 		}
 	}
-	return -1
+	switch {
+	case kinds >= 2:
+		in = func(c byte) bool { return class[c] != 0 || c == '-' }
+	case kinds == 1:
+		in = func(c byte) bool { return class[c]&(clsDigit|clsHex) != 0 || c == '-' }
+	default:
+		in = func(c byte) bool { return class[c] == clsDigit }
+	}
+	held := false // the needle has bytes that a variable part can hold
+	for i := 0; i < len(needle); {
+		if in(needle[i]) {
+			held = true
+			i++
+			continue
+		}
+		j := i
+		for j < len(needle) && !in(needle[j]) {
+			j++
+		}
+		if !s.fixed(needle[i:j]) {
+			return -1
+		}
+		i = j
+	}
+	if !held {
+		return -1 // it would stand in one piece of fixed text, which has been looked at
+	}
+	return 0
+}
+
+// fixed says whether a text stands in the fixed text of the message.
+func (s *Shape) fixed(text string) bool {
+	for _, p := range s.message {
+		if p.mark == 0 && strings.Contains(p.lit, text) {
+			return true
+		}
+	}
+	return false
 }
 
 // Label says what the shape alone tells about a label: 1 all entries have this value, -1 none has, 0 each

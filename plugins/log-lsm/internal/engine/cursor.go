@@ -118,10 +118,10 @@ func (c *cursor) onlyArrived(rows []uint32) {
 	slices.Sort(c.arrived)
 }
 
-// load makes a block current.
+// load makes a block current; false when nothing in it matches, or it cannot be read.
 func (c *cursor) load(n int) bool {
 	if c.cur == n {
-		return true
+		return true // a block in which nothing matches is skipped at once
 	}
 	c.cur = -1
 	var kb [8]byte
@@ -134,8 +134,9 @@ func (c *cursor) load(n int) bool {
 	if err == nil && c.blk.Len() != min(block.Rows, c.seg.rows-n*block.Rows) {
 		err = fmt.Errorf("block %d of segment %d/%d has %d rows: %w", n, c.seg.level, c.seg.id, c.blk.Len(), block.ErrBad)
 	}
+	some := true
 	if err == nil && c.match != nil {
-		err = c.match.decide(c.blk, &c.dec)
+		some, err = c.match.decide(c.blk, &c.dec)
 	}
 	if err != nil {
 		if errors.Is(err, pebble.ErrNotFound) && !c.s.hasSegment(c.seg) {
@@ -146,7 +147,7 @@ func (c *cursor) load(n int) bool {
 		return false
 	}
 	c.cur = n
-	return true
+	return some
 }
 
 // next goes to the next row that matches; false at the end.

@@ -183,6 +183,7 @@ func (s *Store) careLoop() {
 const (
 	idlePack    = 10 * time.Second
 	idlePackMin = 4096
+	idleRaw     = 4 << 20 // bytes of the raw log from which all is packed
 )
 
 // tidy packs what is left in memory after a burst, so that its log goes.
@@ -196,8 +197,13 @@ func (s *Store) tidy() {
 	}
 	s.mu.Lock()
 	waiting := 0
+	// A few entries of a quiet level would keep the log of all that came meanwhile.
+	least := idlePackMin
+	if s.raw.Size() > idleRaw {
+		least = 1
+	}
 	for l := byte(1); l < levels; l++ {
-		if h := s.active[l]; h.Len() >= idlePackMin && h.Shown() == h.Len() {
+		if h := s.active[l]; h.Len() >= least && h.Shown() == h.Len() {
 			s.freeze(l, 0)
 		}
 		waiting += len(s.frozen[l])

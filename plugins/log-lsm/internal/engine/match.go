@@ -21,8 +21,12 @@ type matcher struct {
 	nums []uint32
 	all  bool
 
-	msg []byte
+	msg    []byte
+	shapes map[*block.Shape]int8 // what shape has told
 }
+
+// maxKnown bounds shapes.
+const maxKnown = 4096
 
 // newMatcher returns nil when nothing is asked.
 func newMatcher(q *log.Query) *matcher {
@@ -40,20 +44,29 @@ func newMatcher(q *log.Query) *matcher {
 // match.
 type decision struct{ shapes, comps []int8 }
 
-func (m *matcher) decide(b *block.Reader, d *decision) error {
+func (m *matcher) decide(b *block.Reader, d *decision) (some bool, err error) {
 	shapes, err := b.Shapes()
 	if err != nil {
-		return err
+		return false, err
 	}
 	d.shapes, d.comps = d.shapes[:0], d.comps[:0]
 	for _, s := range shapes {
 		x := int8(0)
 		if s != nil {
-			x = m.shape(s)
+			var known bool
+			if x, known = m.shapes[s]; !known {
+				if m.shapes == nil || len(m.shapes) >= maxKnown {
+					m.shapes = map[*block.Shape]int8{}
+				}
+				x = m.shape(s)
+				m.shapes[s] = x
+			}
 		}
+		some = some || x >= 0
 		d.shapes = append(d.shapes, x)
 	}
 	comps, err := b.Components()
+	anyComp := false
 	for _, c := range comps {
 		x := int8(0)
 		switch {
@@ -62,9 +75,10 @@ func (m *matcher) decide(b *block.Reader, d *decision) error {
 		case c != nil:
 			x = -1
 		}
+		anyComp = anyComp || x >= 0
 		d.comps = append(d.comps, x)
 	}
-	return err
+	return some && anyComp, err
 }
 
 func (m *matcher) shape(s *block.Shape) int8 {

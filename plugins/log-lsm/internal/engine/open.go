@@ -352,7 +352,11 @@ func (s *Store) loadSegments() error {
 		s.probeSegments()
 	}
 	for l := range s.segs {
-		link(s.segs[l])
+		var before *segment
+		for _, seg := range s.segs[l] {
+			seg.link(before)
+			before = seg
+		}
 	}
 	return nil
 }

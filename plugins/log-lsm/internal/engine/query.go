@@ -437,7 +437,7 @@ func (q *query) withObjects() *matcher {
 	m := &matcher{}
 	if q.match != nil {
 		*m = *q.match
-		m.msg = nil
+		m.msg, m.shapes = nil, nil
 	}
 	m.all = q.q.AllObjects
 	for _, w := range q.objs {

@@ -149,9 +149,7 @@ func (s *Store) drop(l byte, gone []*segment) error {
 		return err
 	}
 	s.mu.Lock()
-	table := slices.Clone(s.segs[l][len(gone):])
-	link(table)
-	s.segs[l] = table
+	s.segs[l] = slices.Clone(s.segs[l][len(gone):])
 	s.mu.Unlock()
 	if err := guard(func() error { return s.db.Apply(b, pebble.NoSync) }); err != nil {
 		return err

@@ -216,9 +216,13 @@ func (s *Store) install(h *head.Head, seg *segment) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.nextSeg[h.Level]++
-	table := append(slices.Clip(slices.Clone(s.segs[h.Level])), seg)
-	link(table)
-	s.segs[h.Level] = table
+	table := s.segs[h.Level]
+	var before *segment
+	if len(table) > 0 {
+		before = table[len(table)-1]
+	}
+	seg.link(before)
+	s.segs[h.Level] = append(slices.Clip(slices.Clone(table)), seg)
 	s.frozen[h.Level] = slices.Delete(slices.Clone(s.frozen[h.Level]), 0, 1)
 	s.roomy.Broadcast()
 }

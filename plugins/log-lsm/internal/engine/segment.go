@@ -20,7 +20,8 @@ type segment struct {
 	nV7     int    // entries whose id is a UUIDv7
 	ranges  []msRange
 
-	// maxMS is the largest UUIDv7 time in this segment and all before it in the table; not stored.
+	// maxMS is the largest UUIDv7 time in this segment and all before it, those included that retention has
+	// removed since; not stored.
 	maxMS uint64
 }
 
@@ -155,13 +156,12 @@ func makeRanges(ms []uint64) []msRange {
 	return append(out, msRange{ms[from], ms[len(ms)-1]})
 }
 
-// link sets what depends on a segment's place in its table.
-func link(table []*segment) {
-	top := uint64(0)
-	for _, s := range table {
-		for _, r := range s.ranges {
-			top = max(top, r.hi)
-		}
-		s.maxMS = top
+// link sets what depends on a segment's place behind another, before others see it.
+func (s *segment) link(before *segment) {
+	if before != nil {
+		s.maxMS = before.maxMS
+	}
+	for _, r := range s.ranges {
+		s.maxMS = max(s.maxMS, r.hi)
 	}
 }

@@ -39,6 +39,7 @@ type Head struct {
 	objEnd []uint32
 	objs   []ObjectHash
 	chunks [][]byte
+	used   int      // bytes of the last chunk
 	slots  []uint32 // open addressing by IDHash: the hash's 15 highest bits, row+1
 	bytes  int
 	shown  int // rows that are durable
@@ -71,16 +72,16 @@ func (h *Head) Bytes() int {
 // Add takes an item behind the last; tail is stored behind its record.
 func (h *Head) Add(it *Item, tail []byte) {
 	size := len(it.Rec) + len(tail)
-	last := len(h.chunks) - 1
-	if last < 0 || cap(h.chunks[last])-len(h.chunks[last]) < size {
-		h.chunks = append(h.chunks, make([]byte, 0, max(chunkSize, size)))
+	if len(h.chunks) == 0 || len(h.chunks[len(h.chunks)-1])-h.used < size {
+		// Whole at once: a view reads the slice's header while later records are written into it.
+		h.chunks = append(h.chunks, make([]byte, max(chunkSize, size)))
 		h.bytes += max(chunkSize, size)
-		last++
+		h.used = 0
 	}
-	c := h.chunks[last]
-	r := ref{chunk: uint32(last), off: uint32(len(c)), size: uint32(len(it.Rec)), tail: uint16(len(tail))}
-	c = append(append(c, it.Rec...), tail...)
-	h.chunks[last] = c
+	last := len(h.chunks) - 1
+	r := ref{chunk: uint32(last), off: uint32(h.used), size: uint32(len(it.Rec)), tail: uint16(len(tail))}
+	h.used += copy(h.chunks[last][h.used:], it.Rec)
+	h.used += copy(h.chunks[last][h.used:], tail)
 	h.times = append(h.times, it.Time)
 	h.refs = append(h.refs, r)
 	h.idHash = append(h.idHash, it.IDHash)
@@ -167,7 +168,6 @@ func (v *View) Len() int { return len(v.Times) }
 func (v *View) Rec(row int) (record, tail []byte) {
 	r := v.refs[row]
 	c := v.chunks[r.chunk]
-	c = c[:cap(c)]
 	return c[r.off : r.off+r.size : r.off+r.size], c[r.off+r.size : r.off+r.size+uint32(r.tail)]
 }
 
@@ -175,7 +175,6 @@ func (v *View) Rec(row int) (record, tail []byte) {
 func (v *View) ID(row int) []byte {
 	r := v.refs[row]
 	c := v.chunks[r.chunk]
-	c = c[:cap(c)]
 	at := r.off + rec.IDAt
 	n := uint32(c[at-1])
 	return c[at : at+n : at+n]
