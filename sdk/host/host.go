@@ -2,9 +2,10 @@ package host
 
 import (
 	"context"
+	"errors"
 	"fmt"
-	"io/fs"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"os/exec"
