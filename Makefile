@@ -5,7 +5,6 @@ SHELL := /bin/sh
 GO = $(or $(shell hack/go),go)
 VERSION := $(shell sed -n 's/^var Version = "\(.*\)"/\1/p' sdk/version/version.go)+$(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
 export GOTOOLCHAIN := local
-export CGO_ENABLED ?= 0
 GOFLAGS_BUILD := -trimpath -buildvcs=false
 LDFLAGS := -s -w -X github.com/mvirt/mvirt/sdk/version.Version=$(VERSION)
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
@@ -31,7 +30,7 @@ setup: ## install what building and testing needs (Debian 12, as root)
 build: setup ## all programs, into bin/
 	@mkdir -p bin
 	@set -e; for p in $(ALL); do \
-		$(GO) build $(GOFLAGS_BUILD) -ldflags '$(LDFLAGS)' -o bin/$${p%%:*} ./$${p#*:}; \
+		CGO_ENABLED=0 $(GO) build $(GOFLAGS_BUILD) -ldflags '$(LDFLAGS)' -o bin/$${p%%:*} ./$${p#*:}; \
 	done
 	@echo "built $(VERSION): $(foreach p,$(ALL),bin/$(firstword $(subst :, ,$(p))))"
 
@@ -78,7 +77,7 @@ drift: setup ## generated code is what the generators make
 	@hack/drift $(GO)
 
 demo: build ## two real VMs through the core and four plugins, from import to removal
-	@$(GO) build $(GOFLAGS_BUILD) -o bin/demo ./test/demo
+	@CGO_ENABLED=0 $(GO) build $(GOFLAGS_BUILD) -o bin/demo ./test/demo
 	@bin/demo
 
 bench-core: build ## figures of the core: start, call, restart, list, memory
