@@ -19,7 +19,7 @@ ALL := $(PROGRAMS) $(foreach p,$(PLUGINS),$(if $(wildcard $(lastword $(subst :, 
 RACE := ./core/internal/supervisor/... ./core/internal/operation/... ./core/internal/audit/... ./core/internal/cli/... ./sdk/fdpass/... ./sdk/vmmkit/console/...
 
 .PHONY: help setup build install test check unit race e2e lint fmt vet staticcheck generate drift arch demo fuzz clean \
-	bench-core bench-log bench-net bench-storage lab lab-test
+	bench-core bench-log bench-net bench-storage lab lab-test lab-shell deb
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -90,8 +90,14 @@ bench-log bench-net bench-storage: build ## figures of a plugin
 lab: ## build the lab: a guest where ZFS and KVM are real (test/lab/README.md)
 	test/lab/build.sh
 
-lab-test: build ## tests inside the lab
-	$(GO) test -v -count 1 -timeout 60m ./test/lab/...
+lab-test: build deb ## tests inside the lab
+	$(GO) run ./test/lab/cmd/lab test
+
+lab-shell: build ## a shell inside the lab
+	$(GO) run ./test/lab/cmd/lab shell
+
+deb: build ## the Debian package, into dist/
+	packaging/build-deb.sh
 
 FUZZTIME ?= 20s
 fuzz: setup ## every fuzz target for FUZZTIME each
