@@ -88,10 +88,10 @@ bench-log bench-net bench-storage: build ## figures of a plugin
 	echo "$@: there is no such benchmark in this tree" >&2; exit 1; fi
 
 lab: ## build the lab: a guest where ZFS and KVM are real (test/lab/README.md)
-	test/lab/build.sh
+	test/lab/build.sh build
 
 lab-test: build deb ## tests inside the lab
-	$(GO) run ./test/lab/cmd/lab test
+	$(GO) run ./test/lab/cmd/lab test --timeout 60m
 
 lab-shell: build ## a shell inside the lab
 	$(GO) run ./test/lab/cmd/lab shell
