@@ -47,10 +47,10 @@ type bench struct {
 }
 
 func figure(name string, value float64, unit, aim string) {
-	if aim == "" {
-		aim = "report"
+	if aim != "" {
+		aim = " aim " + aim
 	}
-	fmt.Printf("figure %s %.4g %s %s\n", name, value, unit, aim)
+	fmt.Printf("figure %s %.4g %s%s\n", name, value, unit, aim)
 }
 
 func note(format string, args ...any) { fmt.Printf("note "+format+"\n", args...) }
