@@ -71,6 +71,8 @@ func (i *fakeInstance) die(how string) { i.once.Do(func() { i.how = how; close(i
 func (i *fakeInstance) freeze()        { i.mu.Lock(); i.frozen = true; i.mu.Unlock() }
 
 func (i *fakeInstance) Info() service.Info {
+	i.f.mu.Lock()
+	defer i.f.mu.Unlock()
 	return service.Info{Kind: service.KindLog, Name: "fake", Version: "1", Features: i.f.features}
 }
 func (i *fakeInstance) PID() int              { return 0 }

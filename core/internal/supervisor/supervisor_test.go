@@ -3,6 +3,7 @@ package supervisor
 import (
 	"context"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -157,7 +158,7 @@ func TestQuarantineEndsByItself(t *testing.T) {
 		f.mu.Lock()
 		f.fail = nil
 		f.mu.Unlock()
-		time.Sleep(quarantineRetry)
+		time.Sleep(quarantineRetry + time.Second)
 		if err := s.Log().Append(bg, nil); err != nil {
 			t.Errorf("a quarantined plugin that would start again: %v", err)
 		}
@@ -389,13 +390,18 @@ func TestSlowHook(t *testing.T) {
 		s := New(Options{CallWait: time.Second, CallTimeout: time.Minute, Notice: func(Notice) {}, Health: newTracker(),
 			Units: []Unit{{Kind: service.KindLog, Launch: f.launch, HealthInterval: 5 * time.Second, HealthDeadline: time.Second, HealthMisses: 3,
 				StartTimeout: time.Second, StopTimeout: time.Second}}})
+		var mu sync.Mutex
 		running, most, runs := 0, 0, 0
 		s.OnUp(service.KindLog, func(context.Context) {
+			mu.Lock()
 			running++
 			runs++
 			most = max(most, running)
+			mu.Unlock()
 			time.Sleep(time.Minute)
+			mu.Lock()
 			running--
+			mu.Unlock()
 		})
 		s.Start()
 		_ = s.Ready(bg)
@@ -406,9 +412,11 @@ func TestSlowHook(t *testing.T) {
 			t.Error("the hook held up the restart")
 		}
 		time.Sleep(3 * time.Minute)
+		mu.Lock()
 		if most != 1 || runs != 2 {
 			t.Errorf("%d at a time, %d in all", most, runs)
 		}
+		mu.Unlock()
 		s.Stop(bg)
 	})
 }
@@ -476,7 +484,9 @@ func TestFeatures(t *testing.T) {
 		if _, err := s.Log().Verify(bg, log.VerifyRequest{}); errs.KindOf(err) != errs.Unsupported || errs.ReasonOf(err) != "FEATURE_MISSING" {
 			t.Error(err)
 		}
+		f.mu.Lock()
 		f.features = []service.Feature{service.FeatureLogVerify}
+		f.mu.Unlock()
 		_ = s.Restart(bg, service.KindLog)
 		if !s.Has(service.KindLog, service.FeatureLogVerify) {
 			t.Error("has not what it has")

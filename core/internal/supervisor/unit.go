@@ -268,9 +268,22 @@ func (u *unit) pause(ctx context.Context) (asked chan error) {
 	if !u.upSince.IsZero() {
 		up = time.Since(u.upSince)
 	}
-	failure := u.failure
+	failure, ending := u.failure, u.ending
 	u.mu.Unlock()
+	if ending {
+		return nil
+	}
 	delay, quarantine := u.policy.died(time.Now(), up)
+
+	// The condition comes before the state, whose change wakes those who wait and may ask for it.
+	c := service.Condition{Code: "PLUGIN_DOWN", Severity: service.SeverityCritical, Text: failure.Error(), Remedy: errs.RemedyOf(failure)}
+	if quarantine {
+		c.Text = fmt.Sprintf("%d deaths within %s, now one attempt every %s; the last: %s", quarantineDeaths, quarantineWindow, quarantineRetry, failure)
+		c.Remedy = joinRemedies(errs.RemedyOf(failure), u.restartRemedy())
+	}
+	if quarantine || delay > 0 {
+		u.opt.Health.Replace(u.source(), []service.Condition{c})
+	}
 
 	u.mu.Lock()
 	if u.ending {
@@ -287,16 +300,10 @@ func (u *unit) pause(ctx context.Context) (asked chan error) {
 	defer t.Stop()
 	u.mu.Unlock()
 
-	c := service.Condition{Code: "PLUGIN_DOWN", Severity: service.SeverityCritical, Text: failure.Error(), Remedy: errs.RemedyOf(failure)}
 	if quarantine {
-		c.Text = fmt.Sprintf("%d deaths within %s, now one attempt every %s; the last: %s", quarantineDeaths, quarantineWindow, quarantineRetry, failure)
-		c.Remedy = joinRemedies(errs.RemedyOf(failure), u.restartRemedy())
 		u.notice(true, failure, "quarantined after %d deaths within %s", quarantineDeaths, quarantineWindow)
 	} else if delay > 0 {
 		u.notice(true, failure, "next attempt in %s", delay.Round(time.Millisecond))
-	}
-	if quarantine || delay > 0 {
-		u.opt.Health.Replace(u.source(), []service.Condition{c})
 	}
 	select {
 	case <-t.C:
