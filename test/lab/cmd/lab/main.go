@@ -209,6 +209,9 @@ func stage(ctx context.Context, source, dir string, only []string, systemd bool)
 	if err := mk.Run(); err != nil {
 		return 0, fmt.Errorf("building the guest that tests boot: %w", err)
 	}
+	if err := os.WriteFile(filepath.Join(dir, "tests", ".no-skip"), []byte(os.Getenv("MVIRT_LAB_NO_SKIP")), 0o644); err != nil {
+		return 0, err
+	}
 	return chosen, link(filepath.Join(source, "tests", "run"), "run")
 }
 
