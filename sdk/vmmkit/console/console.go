@@ -2,9 +2,9 @@ package console
 
 import (
 	"context"
-	"errors"
 	"io"
 	"sync"
+	"time"
 
 	"github.com/mvirt/mvirt/sdk/errs"
 	"github.com/mvirt/mvirt/sdk/vmm"
@@ -106,18 +106,17 @@ func (c *Console) Session(ctx context.Context, req vmm.ConsoleRequest, cio vmm.C
 	return err
 }
 
-// relay hands what is typed to the VM until in or the session ends. It connects at the first key.
+// dialTimeout is how long the way to the VM may take to open.
+const dialTimeout = 10 * time.Second
+
+// relay hands what is typed to the VM until in or the session ends. It connects at the first key. What was typed
+// before the session ended still goes to the VM: a user who types and leaves has typed.
 func relay(ctx context.Context, stop, lost <-chan struct{}, dial Dial, in <-chan []byte) error {
-	var w io.WriteCloser
-	defer func() {
-		if w != nil {
-			w.Close()
-		}
-	}()
+	l := line{dial: dial}
+	defer l.close()
+	ctx = context.WithoutCancel(ctx)
 	for {
 		select {
-		case <-stop:
-			return nil
 		case <-lost:
 			return errs.New(errs.Conflict, "somebody else took the console over").Because("CONSOLE_STOLEN").
 				Do("take it back with --steal")
@@ -125,30 +124,64 @@ func relay(ctx context.Context, stop, lost <-chan struct{}, dial Dial, in <-chan
 			if !ok {
 				return nil
 			}
-			if dial == nil {
-				continue // no VM runs: there is nobody to type to
+			if err := l.write(ctx, b); err != nil {
+				return err
 			}
-			for try := 0; len(b) > 0; try++ {
-				var err error
-				if w == nil {
-					if w, err = dial(ctx); err != nil {
-						return errs.Wrap(errs.Unavailable, err, "the VM's serial port cannot be reached")
-					}
-				}
-				n, err := w.Write(b)
-				b = b[n:]
-				if err == nil {
-					break
-				}
-				w.Close()
-				w = nil
-				if try > 0 {
-					if errors.Is(err, context.Canceled) {
+		case <-stop:
+			for {
+				select {
+				case b, ok := <-in:
+					if !ok {
 						return nil
 					}
-					return errs.Wrap(errs.Unavailable, err, "the VM does not take what is typed")
+					if err := l.write(ctx, b); err != nil {
+						return err
+					}
+				default:
+					return nil
 				}
 			}
 		}
 	}
+}
+
+// line is the way to the VM's serial port.
+type line struct {
+	dial Dial           // nil while no VM runs
+	w    io.WriteCloser // nil while not open
+}
+
+func (l *line) close() {
+	if l.w != nil {
+		l.w.Close()
+		l.w = nil
+	}
+}
+
+// write types b. The serial port may have been closed since it was last written to: it is opened anew once.
+func (l *line) write(ctx context.Context, b []byte) error {
+	if l.dial == nil {
+		return nil // no VM runs: there is nobody to type to
+	}
+	for try := 0; len(b) > 0; try++ {
+		if l.w == nil {
+			ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+			w, err := l.dial(ctx)
+			cancel()
+			if err != nil {
+				return errs.Wrap(errs.Unavailable, err, "the VM's serial port cannot be reached")
+			}
+			l.w = w
+		}
+		n, err := l.w.Write(b)
+		b = b[n:]
+		if err == nil {
+			return nil
+		}
+		l.close()
+		if try > 0 {
+			return errs.Wrap(errs.Unavailable, err, "the VM does not take what is typed")
+		}
+	}
+	return nil
 }

@@ -270,3 +270,40 @@ func TestSlowViewerIsTold(t *testing.T) {
 		t.Error("the gap is not told")
 	}
 }
+
+// TestTypedThenGone: the user's session ends at once after the last key, while the way to the VM is still being
+// opened; what was typed arrives nevertheless.
+func TestTypedThenGone(t *testing.T) {
+	l, _ := open(t)
+	c := New(l)
+	port := &recorder{news: make(chan string, 10)}
+	gone := make(chan struct{})
+	err := c.Attach(func(ctx context.Context) (io.WriteCloser, error) {
+		<-gone
+		return port, ctx.Err()
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 50 { // the order in which the end and the rest of the input are seen is a matter of chance
+		gone = make(chan struct{})
+		port.got.Reset()
+		in := make(chan []byte, 2)
+		ctx, cancel := context.WithCancel(t.Context())
+		end := make(chan error, 1)
+		go func() {
+			end <- c.Session(ctx, vmm.ConsoleRequest{}, vmm.ConsoleIO{In: in, Out: newViewer().out})
+		}()
+		in <- []byte("one")
+		in <- []byte(" two")
+		cancel()
+		close(gone)
+		if err := <-end; !errors.Is(err, context.Canceled) {
+			t.Fatalf("the session ended with %v", err)
+		}
+		<-port.news
+		if got := <-port.news; got != "one two" {
+			t.Fatalf("port got %q", got)
+		}
+	}
+}

@@ -23,9 +23,12 @@ func TestBootPauseStop(t *testing.T) {
 	c.until("mvirt-guest: init")
 	t.Logf("init after %v", time.Since(begin))
 	c.login()
-	// Much is typed at once, faster than the guest takes it, and then the writer is gone.
+	// Much is typed at once, faster than the guest takes it, and then the writer is gone. It begins once cat reads:
+	// what comes while the shell edits its line is neither echoed nor kept to lines, and its ^D ends the shell.
+	c.send("echo read''ing; cat >/run/typed\n")
+	c.until("reading")
 	w := r.console(vm.ID, vmm.ConsoleRequest{Steal: true})
-	w.send("cat >/run/typed\n" + strings.Repeat(strings.Repeat("x", 63)+"\n", 64) + "\x04")
+	w.send(strings.Repeat(strings.Repeat("x", 63)+"\n", 64) + "\x04")
 	w.stop()
 	<-w.end
 	c = r.console(vm.ID, vmm.ConsoleRequest{Replay: 1 << 20})
