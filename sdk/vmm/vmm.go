@@ -113,6 +113,17 @@ type Spec struct {
 	Nested      bool // the guest may itself use KVM
 	HugePages   bool
 	Labels      map[string]string
+	Topology    Topology
+	Watchdog    bool   // a watchdog device: a guest that has begun to feed it and stops is reset
+	Vsock       uint32 // the guest's address on a virtio socket, from 3; 0: it has none. See VM.VsockSocket
+}
+
+// Topology is how a guest sees its vCPUs, MaxCPUs of them. All 0: one socket, one thread a core. Otherwise each
+// is at least 1 and their product is MaxCPUs.
+type Topology struct {
+	Sockets uint32
+	Cores   uint32 // of a socket
+	Threads uint32 // of a core: 1 or 2
 }
 
 // Boot says how a VM boots: directly into a kernel (HasKernel), or by firmware from the first disk.
@@ -131,6 +142,13 @@ type Disk struct {
 	VolumeID string
 	ReadOnly bool
 	Delete   bool // the volume was made for this VM and goes with it
+	Limit    RateLimit
+}
+
+// RateLimit bounds what a disk may do; 0 is no bound. A second's worth may be used at once.
+type RateLimit struct {
+	BytesPerSecond uint64
+	OpsPerSecond   uint64
 }
 
 // NIC is a NIC that the VM has.
@@ -162,6 +180,9 @@ type VM struct {
 	StartedAt  time.Time
 	Hypervisor string // "qemu 7.2.22 (tcg)", "cloud-hypervisor 53.0 (kvm)"
 	Pending    bool   // the definition has changes that wait for the next start
+	// VsockSocket is where programs on the host meet the guest's virtio socket while it runs: a unix socket that
+	// takes "CONNECT <port>\n" and is found beside it, with "_<port>", by guests that call. "": by AF_VSOCK.
+	VsockSocket string
 }
 
 // RunAs is the identity of a hypervisor process.
@@ -176,6 +197,8 @@ type CreateRequest struct {
 	Spec      Spec
 	Kernel    *os.File // nil: firmware boot
 	Initramfs *os.File
+	// BootFrom is the id of a memory snapshot whose kernel and initramfs are taken, in place of files.
+	BootFrom string
 }
 
 // UpdateRequest replaces a definition.
@@ -204,6 +227,7 @@ type DiskAttachment struct {
 	Block     bool
 	ReadOnly  bool
 	SizeBytes uint64
+	Limit     RateLimit // of a disk that is plugged; at a start the definition's holds
 }
 
 // NICAttachment is a NIC as net attached it; one of TAP, SocketPath and TAPName is set.
@@ -325,11 +349,18 @@ type ResizeRequest struct {
 
 // Snapshotter is the optional feature FeatureVMMSnapshot.
 type Snapshotter interface {
-	// Snapshot writes memory and device state of a paused VM into the plugin's directory under SnapshotID.
+	// Snapshot writes memory and device state of a paused VM into the plugin's directory under SnapshotID. The
+	// VM stays paused, so that its volumes can be snapshotted at the same point. Repeated, it gives what is
+	// there. Kinds: Precondition (VM_STATE) unless paused, Exists, Exhausted.
 	Snapshot(ctx context.Context, req SnapshotRequest) (MemorySnapshot, error)
-	// StartFromSnapshot starts a VM, this one or another of the same shape, from such a state.
+	// StartFromSnapshot starts a VM, this one or another of the same shape, from such a state, instead of
+	// booting it. Its volumes must hold what they held then. Kinds: as Start; Precondition (OTHER_SHAPE) when
+	// vCPUs, memory, disks or NICs differ in number or size, (OTHER_HYPERVISOR) when another program wrote it.
 	StartFromSnapshot(ctx context.Context, req StartFromSnapshotRequest) (VM, error)
+	// ListSnapshots lists those of one VM, by id or name, or with an empty Ref all, oldest first. They outlive
+	// the VM.
 	ListSnapshots(ctx context.Context, req Ref) ([]MemorySnapshot, error)
+	// DeleteSnapshot takes the snapshot's id. One that is gone is no error.
 	DeleteSnapshot(ctx context.Context, req Ref) error
 }
 
@@ -338,6 +369,13 @@ type SnapshotRequest struct {
 	ID         string
 	SnapshotID string
 	Name       string
+	Disks      []SnapshotDisk // kept with it for the caller
+}
+
+// SnapshotDisk is the storage plugin's snapshot of a disk at the same point.
+type SnapshotDisk struct {
+	Name       string // of the disk
+	SnapshotID string
 }
 
 // StartFromSnapshotRequest asks to start from one.
@@ -354,6 +392,8 @@ type MemorySnapshot struct {
 	SizeBytes  uint64
 	CreatedAt  time.Time
 	Hypervisor string // only this one can restore it
+	Spec       Spec   // what the VM had at that moment
+	Disks      []SnapshotDisk
 }
 
 // Counter is the optional feature FeatureVMMCounters.

@@ -40,6 +40,9 @@ func vmmSpecToPB(e *Enc, v *vmm.Spec) *pb.Spec {
 	m.Nested = v.Nested
 	m.HugePages = v.HugePages
 	m.Labels = utf8Map(v.Labels)
+	m.Topology = vmmTopologyToPB(e, &v.Topology)
+	m.Watchdog = v.Watchdog
+	m.Vsock = v.Vsock
 	return m
 }
 
@@ -64,6 +67,27 @@ func vmmSpecFromPB(d *Dec, m *pb.Spec) (v vmm.Spec) {
 	v.Nested = m.Nested
 	v.HugePages = m.HugePages
 	v.Labels = m.Labels
+	v.Topology = vmmTopologyFromPB(d, m.Topology)
+	v.Watchdog = m.Watchdog
+	v.Vsock = m.Vsock
+	return v
+}
+
+func vmmTopologyToPB(e *Enc, v *vmm.Topology) *pb.Topology {
+	m := &pb.Topology{}
+	m.Sockets = v.Sockets
+	m.Cores = v.Cores
+	m.Threads = v.Threads
+	return m
+}
+
+func vmmTopologyFromPB(d *Dec, m *pb.Topology) (v vmm.Topology) {
+	if m == nil {
+		return v
+	}
+	v.Sockets = m.Sockets
+	v.Cores = m.Cores
+	v.Threads = m.Threads
 	return v
 }
 
@@ -97,6 +121,7 @@ func vmmDiskToPB(e *Enc, v *vmm.Disk) *pb.Disk {
 	m.VolumeId = utf8(string(v.VolumeID))
 	m.ReadOnly = v.ReadOnly
 	m.Delete = v.Delete
+	m.Limit = vmmRateLimitToPB(e, &v.Limit)
 	return m
 }
 
@@ -108,6 +133,23 @@ func vmmDiskFromPB(d *Dec, m *pb.Disk) (v vmm.Disk) {
 	v.VolumeID = m.VolumeId
 	v.ReadOnly = m.ReadOnly
 	v.Delete = m.Delete
+	v.Limit = vmmRateLimitFromPB(d, m.Limit)
+	return v
+}
+
+func vmmRateLimitToPB(e *Enc, v *vmm.RateLimit) *pb.RateLimit {
+	m := &pb.RateLimit{}
+	m.BytesPerSecond = v.BytesPerSecond
+	m.OpsPerSecond = v.OpsPerSecond
+	return m
+}
+
+func vmmRateLimitFromPB(d *Dec, m *pb.RateLimit) (v vmm.RateLimit) {
+	if m == nil {
+		return v
+	}
+	v.BytesPerSecond = m.BytesPerSecond
+	v.OpsPerSecond = m.OpsPerSecond
 	return v
 }
 
@@ -162,6 +204,7 @@ func vmmVMToPB(e *Enc, v *vmm.VM) *pb.VM {
 	m.StartedAt = timeToPB(v.StartedAt)
 	m.Hypervisor = utf8(string(v.Hypervisor))
 	m.Pending = v.Pending
+	m.VsockSocket = utf8(string(v.VsockSocket))
 	return m
 }
 
@@ -182,6 +225,7 @@ func vmmVMFromPB(d *Dec, m *pb.VM) (v vmm.VM) {
 	v.StartedAt = timeFromPB(d, "started_at", m.StartedAt)
 	v.Hypervisor = m.Hypervisor
 	v.Pending = m.Pending
+	v.VsockSocket = m.VsockSocket
 	return v
 }
 
@@ -207,6 +251,7 @@ func vmmCreateRequestToPB(e *Enc, v *vmm.CreateRequest) *pb.CreateRequest {
 	m.Spec = vmmSpecToPB(e, &v.Spec)
 	m.KernelToken = e.token(v.Kernel)
 	m.InitramfsToken = e.token(v.Initramfs)
+	m.BootFrom = utf8(string(v.BootFrom))
 	return m
 }
 
@@ -218,6 +263,7 @@ func vmmCreateRequestFromPB(d *Dec, m *pb.CreateRequest) (v vmm.CreateRequest) {
 	v.Spec = vmmSpecFromPB(d, m.Spec)
 	v.Kernel = d.file("kernel_token", m.KernelToken)
 	v.Initramfs = d.file("initramfs_token", m.InitramfsToken)
+	v.BootFrom = m.BootFrom
 	return v
 }
 
@@ -280,6 +326,7 @@ func vmmDiskAttachmentToPB(e *Enc, v *vmm.DiskAttachment) *pb.DiskAttachment {
 	m.Block = v.Block
 	m.ReadOnly = v.ReadOnly
 	m.SizeBytes = v.SizeBytes
+	m.Limit = vmmRateLimitToPB(e, &v.Limit)
 	return m
 }
 
@@ -294,6 +341,7 @@ func vmmDiskAttachmentFromPB(d *Dec, m *pb.DiskAttachment) (v vmm.DiskAttachment
 	v.Block = m.Block
 	v.ReadOnly = m.ReadOnly
 	v.SizeBytes = m.SizeBytes
+	v.Limit = vmmRateLimitFromPB(d, m.Limit)
 	return v
 }
 
@@ -488,6 +536,9 @@ func vmmSnapshotRequestToPB(e *Enc, v *vmm.SnapshotRequest) *pb.SnapshotRequest 
 	m.Id = utf8(string(v.ID))
 	m.SnapshotId = utf8(string(v.SnapshotID))
 	m.Name = utf8(string(v.Name))
+	for i := range v.Disks {
+		m.Disks = append(m.Disks, vmmSnapshotDiskToPB(e, &v.Disks[i]))
+	}
 	return m
 }
 
@@ -498,6 +549,25 @@ func vmmSnapshotRequestFromPB(d *Dec, m *pb.SnapshotRequest) (v vmm.SnapshotRequ
 	v.ID = m.Id
 	v.SnapshotID = m.SnapshotId
 	v.Name = m.Name
+	for _, x := range m.Disks {
+		v.Disks = append(v.Disks, vmmSnapshotDiskFromPB(d, x))
+	}
+	return v
+}
+
+func vmmSnapshotDiskToPB(e *Enc, v *vmm.SnapshotDisk) *pb.SnapshotDisk {
+	m := &pb.SnapshotDisk{}
+	m.Name = utf8(string(v.Name))
+	m.SnapshotId = utf8(string(v.SnapshotID))
+	return m
+}
+
+func vmmSnapshotDiskFromPB(d *Dec, m *pb.SnapshotDisk) (v vmm.SnapshotDisk) {
+	if m == nil {
+		return v
+	}
+	v.Name = m.Name
+	v.SnapshotID = m.SnapshotId
 	return v
 }
 
@@ -525,6 +595,10 @@ func vmmMemorySnapshotToPB(e *Enc, v *vmm.MemorySnapshot) *pb.MemorySnapshot {
 	m.SizeBytes = v.SizeBytes
 	m.CreatedAt = timeToPB(v.CreatedAt)
 	m.Hypervisor = utf8(string(v.Hypervisor))
+	m.Spec = vmmSpecToPB(e, &v.Spec)
+	for i := range v.Disks {
+		m.Disks = append(m.Disks, vmmSnapshotDiskToPB(e, &v.Disks[i]))
+	}
 	return m
 }
 
@@ -538,6 +612,10 @@ func vmmMemorySnapshotFromPB(d *Dec, m *pb.MemorySnapshot) (v vmm.MemorySnapshot
 	v.SizeBytes = m.SizeBytes
 	v.CreatedAt = timeFromPB(d, "created_at", m.CreatedAt)
 	v.Hypervisor = m.Hypervisor
+	v.Spec = vmmSpecFromPB(d, m.Spec)
+	for _, x := range m.Disks {
+		v.Disks = append(v.Disks, vmmSnapshotDiskFromPB(d, x))
+	}
 	return v
 }
 

@@ -238,6 +238,9 @@ type Spec struct {
 	Nested        bool                   `protobuf:"varint,11,opt,name=nested,proto3" json:"nested,omitempty"` // the guest may itself use KVM
 	HugePages     bool                   `protobuf:"varint,12,opt,name=huge_pages,json=hugePages,proto3" json:"huge_pages,omitempty"`
 	Labels        map[string]string      `protobuf:"bytes,13,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Topology      *Topology              `protobuf:"bytes,14,opt,name=topology,proto3" json:"topology,omitempty"`
+	Watchdog      bool                   `protobuf:"varint,15,opt,name=watchdog,proto3" json:"watchdog,omitempty"` // a watchdog device: a guest that has begun to feed it and stops is reset
+	Vsock         uint32                 `protobuf:"varint,16,opt,name=vsock,proto3" json:"vsock,omitempty"`       // the guest's address on a virtio socket, from 3; 0: it has none. See VM.VsockSocket
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -363,6 +366,89 @@ func (x *Spec) GetLabels() map[string]string {
 	return nil
 }
 
+func (x *Spec) GetTopology() *Topology {
+	if x != nil {
+		return x.Topology
+	}
+	return nil
+}
+
+func (x *Spec) GetWatchdog() bool {
+	if x != nil {
+		return x.Watchdog
+	}
+	return false
+}
+
+func (x *Spec) GetVsock() uint32 {
+	if x != nil {
+		return x.Vsock
+	}
+	return 0
+}
+
+// Topology is how a guest sees its vCPUs, MaxCPUs of them. All 0: one socket, one thread a core. Otherwise each
+// is at least 1 and their product is MaxCPUs.
+type Topology struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sockets       uint32                 `protobuf:"varint,1,opt,name=sockets,proto3" json:"sockets,omitempty"`
+	Cores         uint32                 `protobuf:"varint,2,opt,name=cores,proto3" json:"cores,omitempty"`     // of a socket
+	Threads       uint32                 `protobuf:"varint,3,opt,name=threads,proto3" json:"threads,omitempty"` // of a core: 1 or 2
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Topology) Reset() {
+	*x = Topology{}
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Topology) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Topology) ProtoMessage() {}
+
+func (x *Topology) ProtoReflect() protoreflect.Message {
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Topology.ProtoReflect.Descriptor instead.
+func (*Topology) Descriptor() ([]byte, []int) {
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Topology) GetSockets() uint32 {
+	if x != nil {
+		return x.Sockets
+	}
+	return 0
+}
+
+func (x *Topology) GetCores() uint32 {
+	if x != nil {
+		return x.Cores
+	}
+	return 0
+}
+
+func (x *Topology) GetThreads() uint32 {
+	if x != nil {
+		return x.Threads
+	}
+	return 0
+}
+
 // Boot says how a VM boots: directly into a kernel (HasKernel), or by firmware from the first disk.
 type Boot struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -378,7 +464,7 @@ type Boot struct {
 
 func (x *Boot) Reset() {
 	*x = Boot{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[2]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -390,7 +476,7 @@ func (x *Boot) String() string {
 func (*Boot) ProtoMessage() {}
 
 func (x *Boot) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[2]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -403,7 +489,7 @@ func (x *Boot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Boot.ProtoReflect.Descriptor instead.
 func (*Boot) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{2}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Boot) GetCmdline() string {
@@ -455,13 +541,14 @@ type Disk struct {
 	VolumeId      string                 `protobuf:"bytes,2,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
 	ReadOnly      bool                   `protobuf:"varint,3,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
 	Delete        bool                   `protobuf:"varint,4,opt,name=delete,proto3" json:"delete,omitempty"` // the volume was made for this VM and goes with it
+	Limit         *RateLimit             `protobuf:"bytes,5,opt,name=limit,proto3" json:"limit,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Disk) Reset() {
 	*x = Disk{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[3]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -473,7 +560,7 @@ func (x *Disk) String() string {
 func (*Disk) ProtoMessage() {}
 
 func (x *Disk) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[3]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -486,7 +573,7 @@ func (x *Disk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Disk.ProtoReflect.Descriptor instead.
 func (*Disk) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{3}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Disk) GetName() string {
@@ -517,6 +604,66 @@ func (x *Disk) GetDelete() bool {
 	return false
 }
 
+func (x *Disk) GetLimit() *RateLimit {
+	if x != nil {
+		return x.Limit
+	}
+	return nil
+}
+
+// RateLimit bounds what a disk may do; 0 is no bound. A second's worth may be used at once.
+type RateLimit struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	BytesPerSecond uint64                 `protobuf:"varint,1,opt,name=bytes_per_second,json=bytesPerSecond,proto3" json:"bytes_per_second,omitempty"`
+	OpsPerSecond   uint64                 `protobuf:"varint,2,opt,name=ops_per_second,json=opsPerSecond,proto3" json:"ops_per_second,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *RateLimit) Reset() {
+	*x = RateLimit{}
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RateLimit) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RateLimit) ProtoMessage() {}
+
+func (x *RateLimit) ProtoReflect() protoreflect.Message {
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RateLimit.ProtoReflect.Descriptor instead.
+func (*RateLimit) Descriptor() ([]byte, []int) {
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *RateLimit) GetBytesPerSecond() uint64 {
+	if x != nil {
+		return x.BytesPerSecond
+	}
+	return 0
+}
+
+func (x *RateLimit) GetOpsPerSecond() uint64 {
+	if x != nil {
+		return x.OpsPerSecond
+	}
+	return 0
+}
+
 // NIC is a NIC that the VM has.
 type NIC struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -529,7 +676,7 @@ type NIC struct {
 
 func (x *NIC) Reset() {
 	*x = NIC{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[4]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -541,7 +688,7 @@ func (x *NIC) String() string {
 func (*NIC) ProtoMessage() {}
 
 func (x *NIC) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[4]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -554,7 +701,7 @@ func (x *NIC) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NIC.ProtoReflect.Descriptor instead.
 func (*NIC) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{4}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *NIC) GetNicId() string {
@@ -590,7 +737,7 @@ type CloudInit struct {
 
 func (x *CloudInit) Reset() {
 	*x = CloudInit{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[5]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -602,7 +749,7 @@ func (x *CloudInit) String() string {
 func (*CloudInit) ProtoMessage() {}
 
 func (x *CloudInit) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[5]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -615,7 +762,7 @@ func (x *CloudInit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloudInit.ProtoReflect.Descriptor instead.
 func (*CloudInit) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{5}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *CloudInit) GetUserData() string {
@@ -641,27 +788,30 @@ func (x *CloudInit) GetNetworkConfig() string {
 
 // VM is a VM as it is now.
 type VM struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Spec          *Spec                  `protobuf:"bytes,2,opt,name=spec,proto3" json:"spec,omitempty"`
-	Generation    uint64                 `protobuf:"varint,3,opt,name=generation,proto3" json:"generation,omitempty"` // grows with each Update
-	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
-	State         State                  `protobuf:"varint,5,opt,name=state,proto3,enum=mvirt.vmm.v1.State" json:"state,omitempty"`
-	Reason        string                 `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"` // why it is so: "guest powered off", "hypervisor died: signal 9", …
-	Since         *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=since,proto3" json:"since,omitempty"`
-	Desired       State                  `protobuf:"varint,8,opt,name=desired,proto3,enum=mvirt.vmm.v1.State" json:"desired,omitempty"` // StateRunning or StateStopped: what was asked for last
-	RunAs         *RunAs                 `protobuf:"bytes,9,opt,name=run_as,json=runAs,proto3" json:"run_as,omitempty"`                 // who its hypervisor runs as, or will
-	Pid           uint32                 `protobuf:"varint,10,opt,name=pid,proto3" json:"pid,omitempty"`                                // hypervisor, 0 if none
-	StartedAt     *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
-	Hypervisor    string                 `protobuf:"bytes,12,opt,name=hypervisor,proto3" json:"hypervisor,omitempty"` // "qemu 7.2.22 (tcg)", "cloud-hypervisor 53.0 (kvm)"
-	Pending       bool                   `protobuf:"varint,13,opt,name=pending,proto3" json:"pending,omitempty"`      // the definition has changes that wait for the next start
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Id         string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Spec       *Spec                  `protobuf:"bytes,2,opt,name=spec,proto3" json:"spec,omitempty"`
+	Generation uint64                 `protobuf:"varint,3,opt,name=generation,proto3" json:"generation,omitempty"` // grows with each Update
+	CreatedAt  *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	State      State                  `protobuf:"varint,5,opt,name=state,proto3,enum=mvirt.vmm.v1.State" json:"state,omitempty"`
+	Reason     string                 `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"` // why it is so: "guest powered off", "hypervisor died: signal 9", …
+	Since      *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=since,proto3" json:"since,omitempty"`
+	Desired    State                  `protobuf:"varint,8,opt,name=desired,proto3,enum=mvirt.vmm.v1.State" json:"desired,omitempty"` // StateRunning or StateStopped: what was asked for last
+	RunAs      *RunAs                 `protobuf:"bytes,9,opt,name=run_as,json=runAs,proto3" json:"run_as,omitempty"`                 // who its hypervisor runs as, or will
+	Pid        uint32                 `protobuf:"varint,10,opt,name=pid,proto3" json:"pid,omitempty"`                                // hypervisor, 0 if none
+	StartedAt  *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
+	Hypervisor string                 `protobuf:"bytes,12,opt,name=hypervisor,proto3" json:"hypervisor,omitempty"` // "qemu 7.2.22 (tcg)", "cloud-hypervisor 53.0 (kvm)"
+	Pending    bool                   `protobuf:"varint,13,opt,name=pending,proto3" json:"pending,omitempty"`      // the definition has changes that wait for the next start
+	// VsockSocket is where programs on the host meet the guest's virtio socket while it runs: a unix socket that
+	// takes "CONNECT <port>\n" and is found beside it, with "_<port>", by guests that call. "": by AF_VSOCK.
+	VsockSocket   string `protobuf:"bytes,14,opt,name=vsock_socket,json=vsockSocket,proto3" json:"vsock_socket,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *VM) Reset() {
 	*x = VM{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[6]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -673,7 +823,7 @@ func (x *VM) String() string {
 func (*VM) ProtoMessage() {}
 
 func (x *VM) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[6]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -686,7 +836,7 @@ func (x *VM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VM.ProtoReflect.Descriptor instead.
 func (*VM) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{6}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *VM) GetId() string {
@@ -780,6 +930,13 @@ func (x *VM) GetPending() bool {
 	return false
 }
 
+func (x *VM) GetVsockSocket() string {
+	if x != nil {
+		return x.VsockSocket
+	}
+	return ""
+}
+
 // RunAs is the identity of a hypervisor process.
 type RunAs struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -791,7 +948,7 @@ type RunAs struct {
 
 func (x *RunAs) Reset() {
 	*x = RunAs{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[7]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -803,7 +960,7 @@ func (x *RunAs) String() string {
 func (*RunAs) ProtoMessage() {}
 
 func (x *RunAs) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[7]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -816,7 +973,7 @@ func (x *RunAs) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunAs.ProtoReflect.Descriptor instead.
 func (*RunAs) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{7}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *RunAs) GetUid() uint32 {
@@ -840,13 +997,15 @@ type CreateRequest struct {
 	Spec           *Spec                  `protobuf:"bytes,2,opt,name=spec,proto3" json:"spec,omitempty"`
 	KernelToken    string                 `protobuf:"bytes,3,opt,name=kernel_token,json=kernelToken,proto3" json:"kernel_token,omitempty"` // nil: firmware boot
 	InitramfsToken string                 `protobuf:"bytes,4,opt,name=initramfs_token,json=initramfsToken,proto3" json:"initramfs_token,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// BootFrom is the id of a memory snapshot whose kernel and initramfs are taken, in place of files.
+	BootFrom      string `protobuf:"bytes,5,opt,name=boot_from,json=bootFrom,proto3" json:"boot_from,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CreateRequest) Reset() {
 	*x = CreateRequest{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[8]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -858,7 +1017,7 @@ func (x *CreateRequest) String() string {
 func (*CreateRequest) ProtoMessage() {}
 
 func (x *CreateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[8]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -871,7 +1030,7 @@ func (x *CreateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateRequest.ProtoReflect.Descriptor instead.
 func (*CreateRequest) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{8}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *CreateRequest) GetId() string {
@@ -902,6 +1061,13 @@ func (x *CreateRequest) GetInitramfsToken() string {
 	return ""
 }
 
+func (x *CreateRequest) GetBootFrom() string {
+	if x != nil {
+		return x.BootFrom
+	}
+	return ""
+}
+
 // UpdateRequest replaces a definition.
 type UpdateRequest struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
@@ -916,7 +1082,7 @@ type UpdateRequest struct {
 
 func (x *UpdateRequest) Reset() {
 	*x = UpdateRequest{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[9]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -928,7 +1094,7 @@ func (x *UpdateRequest) String() string {
 func (*UpdateRequest) ProtoMessage() {}
 
 func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[9]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -941,7 +1107,7 @@ func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateRequest.ProtoReflect.Descriptor instead.
 func (*UpdateRequest) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{9}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *UpdateRequest) GetId() string {
@@ -992,7 +1158,7 @@ type StartRequest struct {
 
 func (x *StartRequest) Reset() {
 	*x = StartRequest{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[10]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1004,7 +1170,7 @@ func (x *StartRequest) String() string {
 func (*StartRequest) ProtoMessage() {}
 
 func (x *StartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[10]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1017,7 +1183,7 @@ func (x *StartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
 func (*StartRequest) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{10}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *StartRequest) GetId() string {
@@ -1058,13 +1224,14 @@ type DiskAttachment struct {
 	Block         bool                   `protobuf:"varint,5,opt,name=block,proto3" json:"block,omitempty"`
 	ReadOnly      bool                   `protobuf:"varint,6,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
 	SizeBytes     uint64                 `protobuf:"varint,7,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	Limit         *RateLimit             `protobuf:"bytes,8,opt,name=limit,proto3" json:"limit,omitempty"` // of a disk that is plugged; at a start the definition's holds
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DiskAttachment) Reset() {
 	*x = DiskAttachment{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[11]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1076,7 +1243,7 @@ func (x *DiskAttachment) String() string {
 func (*DiskAttachment) ProtoMessage() {}
 
 func (x *DiskAttachment) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[11]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1089,7 +1256,7 @@ func (x *DiskAttachment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiskAttachment.ProtoReflect.Descriptor instead.
 func (*DiskAttachment) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{11}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *DiskAttachment) GetName() string {
@@ -1141,6 +1308,13 @@ func (x *DiskAttachment) GetSizeBytes() uint64 {
 	return 0
 }
 
+func (x *DiskAttachment) GetLimit() *RateLimit {
+	if x != nil {
+		return x.Limit
+	}
+	return nil
+}
+
 // NICAttachment is a NIC as net attached it; one of TAP, SocketPath and TAPName is set.
 type NICAttachment struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1157,7 +1331,7 @@ type NICAttachment struct {
 
 func (x *NICAttachment) Reset() {
 	*x = NICAttachment{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[12]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1169,7 +1343,7 @@ func (x *NICAttachment) String() string {
 func (*NICAttachment) ProtoMessage() {}
 
 func (x *NICAttachment) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[12]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1182,7 +1356,7 @@ func (x *NICAttachment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NICAttachment.ProtoReflect.Descriptor instead.
 func (*NICAttachment) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{12}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *NICAttachment) GetNicId() string {
@@ -1246,7 +1420,7 @@ type StopRequest struct {
 
 func (x *StopRequest) Reset() {
 	*x = StopRequest{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[13]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1258,7 +1432,7 @@ func (x *StopRequest) String() string {
 func (*StopRequest) ProtoMessage() {}
 
 func (x *StopRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[13]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1271,7 +1445,7 @@ func (x *StopRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopRequest.ProtoReflect.Descriptor instead.
 func (*StopRequest) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{13}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *StopRequest) GetRef() string {
@@ -1307,7 +1481,7 @@ type RebootRequest struct {
 
 func (x *RebootRequest) Reset() {
 	*x = RebootRequest{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[14]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1319,7 +1493,7 @@ func (x *RebootRequest) String() string {
 func (*RebootRequest) ProtoMessage() {}
 
 func (x *RebootRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[14]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1332,7 +1506,7 @@ func (x *RebootRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RebootRequest.ProtoReflect.Descriptor instead.
 func (*RebootRequest) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{14}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *RebootRequest) GetRef() string {
@@ -1370,7 +1544,7 @@ type ConsoleRequest struct {
 
 func (x *ConsoleRequest) Reset() {
 	*x = ConsoleRequest{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[15]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1382,7 +1556,7 @@ func (x *ConsoleRequest) String() string {
 func (*ConsoleRequest) ProtoMessage() {}
 
 func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[15]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1395,7 +1569,7 @@ func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleRequest.ProtoReflect.Descriptor instead.
 func (*ConsoleRequest) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{15}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ConsoleRequest) GetRef() string {
@@ -1445,7 +1619,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[16]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1457,7 +1631,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[16]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1470,7 +1644,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{16}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Event) GetType() EventType {
@@ -1505,7 +1679,7 @@ type PlugDiskRequest struct {
 
 func (x *PlugDiskRequest) Reset() {
 	*x = PlugDiskRequest{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[17]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1517,7 +1691,7 @@ func (x *PlugDiskRequest) String() string {
 func (*PlugDiskRequest) ProtoMessage() {}
 
 func (x *PlugDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[17]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1530,7 +1704,7 @@ func (x *PlugDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlugDiskRequest.ProtoReflect.Descriptor instead.
 func (*PlugDiskRequest) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{17}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *PlugDiskRequest) GetId() string {
@@ -1558,7 +1732,7 @@ type PlugNICRequest struct {
 
 func (x *PlugNICRequest) Reset() {
 	*x = PlugNICRequest{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[18]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1570,7 +1744,7 @@ func (x *PlugNICRequest) String() string {
 func (*PlugNICRequest) ProtoMessage() {}
 
 func (x *PlugNICRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[18]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1583,7 +1757,7 @@ func (x *PlugNICRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlugNICRequest.ProtoReflect.Descriptor instead.
 func (*PlugNICRequest) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{18}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *PlugNICRequest) GetId() string {
@@ -1611,7 +1785,7 @@ type UnplugRequest struct {
 
 func (x *UnplugRequest) Reset() {
 	*x = UnplugRequest{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[19]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1623,7 +1797,7 @@ func (x *UnplugRequest) String() string {
 func (*UnplugRequest) ProtoMessage() {}
 
 func (x *UnplugRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[19]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1636,7 +1810,7 @@ func (x *UnplugRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnplugRequest.ProtoReflect.Descriptor instead.
 func (*UnplugRequest) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{19}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *UnplugRequest) GetId() string {
@@ -1665,7 +1839,7 @@ type DiskResizedRequest struct {
 
 func (x *DiskResizedRequest) Reset() {
 	*x = DiskResizedRequest{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[20]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1677,7 +1851,7 @@ func (x *DiskResizedRequest) String() string {
 func (*DiskResizedRequest) ProtoMessage() {}
 
 func (x *DiskResizedRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[20]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1690,7 +1864,7 @@ func (x *DiskResizedRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiskResizedRequest.ProtoReflect.Descriptor instead.
 func (*DiskResizedRequest) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{20}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *DiskResizedRequest) GetId() string {
@@ -1726,7 +1900,7 @@ type ResizeRequest struct {
 
 func (x *ResizeRequest) Reset() {
 	*x = ResizeRequest{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[21]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1738,7 +1912,7 @@ func (x *ResizeRequest) String() string {
 func (*ResizeRequest) ProtoMessage() {}
 
 func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[21]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1751,7 +1925,7 @@ func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
 func (*ResizeRequest) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{21}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ResizeRequest) GetRef() string {
@@ -1781,13 +1955,14 @@ type SnapshotRequest struct {
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	SnapshotId    string                 `protobuf:"bytes,2,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
 	Name          string                 `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
+	Disks         []*SnapshotDisk        `protobuf:"bytes,4,rep,name=disks,proto3" json:"disks,omitempty"` // kept with it for the caller
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SnapshotRequest) Reset() {
 	*x = SnapshotRequest{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[22]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1799,7 +1974,7 @@ func (x *SnapshotRequest) String() string {
 func (*SnapshotRequest) ProtoMessage() {}
 
 func (x *SnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[22]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1812,7 +1987,7 @@ func (x *SnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{22}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SnapshotRequest) GetId() string {
@@ -1836,6 +2011,66 @@ func (x *SnapshotRequest) GetName() string {
 	return ""
 }
 
+func (x *SnapshotRequest) GetDisks() []*SnapshotDisk {
+	if x != nil {
+		return x.Disks
+	}
+	return nil
+}
+
+// SnapshotDisk is the storage plugin's snapshot of a disk at the same point.
+type SnapshotDisk struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // of the disk
+	SnapshotId    string                 `protobuf:"bytes,2,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnapshotDisk) Reset() {
+	*x = SnapshotDisk{}
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotDisk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotDisk) ProtoMessage() {}
+
+func (x *SnapshotDisk) ProtoReflect() protoreflect.Message {
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotDisk.ProtoReflect.Descriptor instead.
+func (*SnapshotDisk) Descriptor() ([]byte, []int) {
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *SnapshotDisk) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SnapshotDisk) GetSnapshotId() string {
+	if x != nil {
+		return x.SnapshotId
+	}
+	return ""
+}
+
 // StartFromSnapshotRequest asks to start from one.
 type StartFromSnapshotRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1847,7 +2082,7 @@ type StartFromSnapshotRequest struct {
 
 func (x *StartFromSnapshotRequest) Reset() {
 	*x = StartFromSnapshotRequest{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[23]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1859,7 +2094,7 @@ func (x *StartFromSnapshotRequest) String() string {
 func (*StartFromSnapshotRequest) ProtoMessage() {}
 
 func (x *StartFromSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[23]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1872,7 +2107,7 @@ func (x *StartFromSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartFromSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*StartFromSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{23}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *StartFromSnapshotRequest) GetSnapshotId() string {
@@ -1898,13 +2133,15 @@ type MemorySnapshot struct {
 	SizeBytes     uint64                 `protobuf:"varint,4,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
 	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
 	Hypervisor    string                 `protobuf:"bytes,6,opt,name=hypervisor,proto3" json:"hypervisor,omitempty"` // only this one can restore it
+	Spec          *Spec                  `protobuf:"bytes,7,opt,name=spec,proto3" json:"spec,omitempty"`             // what the VM had at that moment
+	Disks         []*SnapshotDisk        `protobuf:"bytes,8,rep,name=disks,proto3" json:"disks,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *MemorySnapshot) Reset() {
 	*x = MemorySnapshot{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[24]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1916,7 +2153,7 @@ func (x *MemorySnapshot) String() string {
 func (*MemorySnapshot) ProtoMessage() {}
 
 func (x *MemorySnapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[24]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1929,7 +2166,7 @@ func (x *MemorySnapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemorySnapshot.ProtoReflect.Descriptor instead.
 func (*MemorySnapshot) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{24}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *MemorySnapshot) GetId() string {
@@ -1974,6 +2211,20 @@ func (x *MemorySnapshot) GetHypervisor() string {
 	return ""
 }
 
+func (x *MemorySnapshot) GetSpec() *Spec {
+	if x != nil {
+		return x.Spec
+	}
+	return nil
+}
+
+func (x *MemorySnapshot) GetDisks() []*SnapshotDisk {
+	if x != nil {
+		return x.Disks
+	}
+	return nil
+}
+
 // Counters of a running VM.
 type Counters struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1986,7 +2237,7 @@ type Counters struct {
 
 func (x *Counters) Reset() {
 	*x = Counters{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[25]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1998,7 +2249,7 @@ func (x *Counters) String() string {
 func (*Counters) ProtoMessage() {}
 
 func (x *Counters) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[25]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2011,7 +2262,7 @@ func (x *Counters) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Counters.ProtoReflect.Descriptor instead.
 func (*Counters) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{25}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Counters) GetCpuTime() *durationpb.Duration {
@@ -2049,7 +2300,7 @@ type DeviceCounters struct {
 
 func (x *DeviceCounters) Reset() {
 	*x = DeviceCounters{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[26]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2061,7 +2312,7 @@ func (x *DeviceCounters) String() string {
 func (*DeviceCounters) ProtoMessage() {}
 
 func (x *DeviceCounters) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[26]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2074,7 +2325,7 @@ func (x *DeviceCounters) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceCounters.ProtoReflect.Descriptor instead.
 func (*DeviceCounters) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{26}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *DeviceCounters) GetName() string {
@@ -2121,7 +2372,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[27]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2133,7 +2384,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[27]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2146,7 +2397,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{27}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ListResponse) GetVms() []*VM {
@@ -2165,7 +2416,7 @@ type ListSnapshotsResponse struct {
 
 func (x *ListSnapshotsResponse) Reset() {
 	*x = ListSnapshotsResponse{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[28]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2177,7 +2428,7 @@ func (x *ListSnapshotsResponse) String() string {
 func (*ListSnapshotsResponse) ProtoMessage() {}
 
 func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[28]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2190,7 +2441,7 @@ func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsResponse.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsResponse) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{28}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ListSnapshotsResponse) GetMemorySnapshots() []*MemorySnapshot {
@@ -2214,7 +2465,7 @@ type ConsoleInput struct {
 
 func (x *ConsoleInput) Reset() {
 	*x = ConsoleInput{}
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[29]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2226,7 +2477,7 @@ func (x *ConsoleInput) String() string {
 func (*ConsoleInput) ProtoMessage() {}
 
 func (x *ConsoleInput) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[29]
+	mi := &file_mvirt_vmm_v1_vmm_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2239,7 +2490,7 @@ func (x *ConsoleInput) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleInput.ProtoReflect.Descriptor instead.
 func (*ConsoleInput) Descriptor() ([]byte, []int) {
-	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{29}
+	return file_mvirt_vmm_v1_vmm_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ConsoleInput) GetKind() isConsoleInput_Kind {
@@ -2289,7 +2540,7 @@ const file_mvirt_vmm_v1_vmm_proto_rawDesc = "" +
 	"\n" +
 	"\x16mvirt/vmm/v1/vmm.proto\x12\fmvirt.vmm.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1cmvirt/plugin/v1/plugin.proto\"\x17\n" +
 	"\x03Ref\x12\x10\n" +
-	"\x03ref\x18\x01 \x01(\tR\x03ref\"\x84\x04\n" +
+	"\x03ref\x18\x01 \x01(\tR\x03ref\"\xea\x04\n" +
 	"\x04Spec\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04cpus\x18\x02 \x01(\rR\x04cpus\x12\x19\n" +
@@ -2307,10 +2558,17 @@ const file_mvirt_vmm_v1_vmm_proto_rawDesc = "" +
 	"\x06nested\x18\v \x01(\bR\x06nested\x12\x1d\n" +
 	"\n" +
 	"huge_pages\x18\f \x01(\bR\thugePages\x126\n" +
-	"\x06labels\x18\r \x03(\v2\x1e.mvirt.vmm.v1.Spec.LabelsEntryR\x06labels\x1a9\n" +
+	"\x06labels\x18\r \x03(\v2\x1e.mvirt.vmm.v1.Spec.LabelsEntryR\x06labels\x122\n" +
+	"\btopology\x18\x0e \x01(\v2\x16.mvirt.vmm.v1.TopologyR\btopology\x12\x1a\n" +
+	"\bwatchdog\x18\x0f \x01(\bR\bwatchdog\x12\x14\n" +
+	"\x05vsock\x18\x10 \x01(\rR\x05vsock\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xc6\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"T\n" +
+	"\bTopology\x12\x18\n" +
+	"\asockets\x18\x01 \x01(\rR\asockets\x12\x14\n" +
+	"\x05cores\x18\x02 \x01(\rR\x05cores\x12\x18\n" +
+	"\athreads\x18\x03 \x01(\rR\athreads\"\xc6\x01\n" +
 	"\x04Boot\x12\x18\n" +
 	"\acmdline\x18\x01 \x01(\tR\acmdline\x12\x1d\n" +
 	"\n" +
@@ -2319,12 +2577,16 @@ const file_mvirt_vmm_v1_vmm_proto_rawDesc = "" +
 	"\vkernel_name\x18\x04 \x01(\tR\n" +
 	"kernelName\x12#\n" +
 	"\rkernel_sha256\x18\x05 \x01(\tR\fkernelSha256\x12\x1a\n" +
-	"\bfirmware\x18\x06 \x01(\tR\bfirmware\"l\n" +
+	"\bfirmware\x18\x06 \x01(\tR\bfirmware\"\x9b\x01\n" +
 	"\x04Disk\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n" +
 	"\tvolume_id\x18\x02 \x01(\tR\bvolumeId\x12\x1b\n" +
 	"\tread_only\x18\x03 \x01(\bR\breadOnly\x12\x16\n" +
-	"\x06delete\x18\x04 \x01(\bR\x06delete\"F\n" +
+	"\x06delete\x18\x04 \x01(\bR\x06delete\x12-\n" +
+	"\x05limit\x18\x05 \x01(\v2\x17.mvirt.vmm.v1.RateLimitR\x05limit\"[\n" +
+	"\tRateLimit\x12(\n" +
+	"\x10bytes_per_second\x18\x01 \x01(\x04R\x0ebytesPerSecond\x12$\n" +
+	"\x0eops_per_second\x18\x02 \x01(\x04R\fopsPerSecond\"F\n" +
 	"\x03NIC\x12\x15\n" +
 	"\x06nic_id\x18\x01 \x01(\tR\x05nicId\x12\x10\n" +
 	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x16\n" +
@@ -2332,7 +2594,7 @@ const file_mvirt_vmm_v1_vmm_proto_rawDesc = "" +
 	"\tCloudInit\x12\x1b\n" +
 	"\tuser_data\x18\x01 \x01(\tR\buserData\x12\x1b\n" +
 	"\tmeta_data\x18\x02 \x01(\tR\bmetaData\x12%\n" +
-	"\x0enetwork_config\x18\x03 \x01(\tR\rnetworkConfig\"\xee\x03\n" +
+	"\x0enetwork_config\x18\x03 \x01(\tR\rnetworkConfig\"\x91\x04\n" +
 	"\x02VM\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12&\n" +
 	"\x04spec\x18\x02 \x01(\v2\x12.mvirt.vmm.v1.SpecR\x04spec\x12\x1e\n" +
@@ -2353,15 +2615,17 @@ const file_mvirt_vmm_v1_vmm_proto_rawDesc = "" +
 	"\n" +
 	"hypervisor\x18\f \x01(\tR\n" +
 	"hypervisor\x12\x18\n" +
-	"\apending\x18\r \x01(\bR\apending\"+\n" +
+	"\apending\x18\r \x01(\bR\apending\x12!\n" +
+	"\fvsock_socket\x18\x0e \x01(\tR\vvsockSocket\"+\n" +
 	"\x05RunAs\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\rR\x03uid\x12\x10\n" +
-	"\x03gid\x18\x02 \x01(\rR\x03gid\"\x93\x01\n" +
+	"\x03gid\x18\x02 \x01(\rR\x03gid\"\xb0\x01\n" +
 	"\rCreateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12&\n" +
 	"\x04spec\x18\x02 \x01(\v2\x12.mvirt.vmm.v1.SpecR\x04spec\x12!\n" +
 	"\fkernel_token\x18\x03 \x01(\tR\vkernelToken\x12'\n" +
-	"\x0finitramfs_token\x18\x04 \x01(\tR\x0einitramfsToken\"\xb3\x01\n" +
+	"\x0finitramfs_token\x18\x04 \x01(\tR\x0einitramfsToken\x12\x1b\n" +
+	"\tboot_from\x18\x05 \x01(\tR\bbootFrom\"\xb3\x01\n" +
 	"\rUpdateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1e\n" +
 	"\n" +
@@ -2374,7 +2638,7 @@ const file_mvirt_vmm_v1_vmm_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x122\n" +
 	"\x05disks\x18\x02 \x03(\v2\x1c.mvirt.vmm.v1.DiskAttachmentR\x05disks\x12/\n" +
 	"\x04nics\x18\x03 \x03(\v2\x1b.mvirt.vmm.v1.NICAttachmentR\x04nics\x12\x16\n" +
-	"\x06paused\x18\x04 \x01(\bR\x06paused\"\xbf\x01\n" +
+	"\x06paused\x18\x04 \x01(\bR\x06paused\"\xee\x01\n" +
 	"\x0eDiskAttachment\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n" +
 	"\tvolume_id\x18\x02 \x01(\tR\bvolumeId\x12\x12\n" +
@@ -2383,7 +2647,8 @@ const file_mvirt_vmm_v1_vmm_proto_rawDesc = "" +
 	"\x05block\x18\x05 \x01(\bR\x05block\x12\x1b\n" +
 	"\tread_only\x18\x06 \x01(\bR\breadOnly\x12\x1d\n" +
 	"\n" +
-	"size_bytes\x18\a \x01(\x04R\tsizeBytes\"\xbb\x01\n" +
+	"size_bytes\x18\a \x01(\x04R\tsizeBytes\x12-\n" +
+	"\x05limit\x18\b \x01(\v2\x17.mvirt.vmm.v1.RateLimitR\x05limit\"\xbb\x01\n" +
 	"\rNICAttachment\x12\x15\n" +
 	"\x06nic_id\x18\x01 \x01(\tR\x05nicId\x12\x10\n" +
 	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x10\n" +
@@ -2428,16 +2693,21 @@ const file_mvirt_vmm_v1_vmm_proto_rawDesc = "" +
 	"\rResizeRequest\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x12\n" +
 	"\x04cpus\x18\x02 \x01(\rR\x04cpus\x12!\n" +
-	"\fmemory_bytes\x18\x03 \x01(\x04R\vmemoryBytes\"V\n" +
+	"\fmemory_bytes\x18\x03 \x01(\x04R\vmemoryBytes\"\x88\x01\n" +
 	"\x0fSnapshotRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1f\n" +
 	"\vsnapshot_id\x18\x02 \x01(\tR\n" +
 	"snapshotId\x12\x12\n" +
-	"\x04name\x18\x03 \x01(\tR\x04name\"m\n" +
+	"\x04name\x18\x03 \x01(\tR\x04name\x120\n" +
+	"\x05disks\x18\x04 \x03(\v2\x1a.mvirt.vmm.v1.SnapshotDiskR\x05disks\"C\n" +
+	"\fSnapshotDisk\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1f\n" +
+	"\vsnapshot_id\x18\x02 \x01(\tR\n" +
+	"snapshotId\"m\n" +
 	"\x18StartFromSnapshotRequest\x12\x1f\n" +
 	"\vsnapshot_id\x18\x01 \x01(\tR\n" +
 	"snapshotId\x120\n" +
-	"\x05start\x18\x02 \x01(\v2\x1a.mvirt.vmm.v1.StartRequestR\x05start\"\xc3\x01\n" +
+	"\x05start\x18\x02 \x01(\v2\x1a.mvirt.vmm.v1.StartRequestR\x05start\"\x9d\x02\n" +
 	"\x0eMemorySnapshot\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x13\n" +
@@ -2448,7 +2718,9 @@ const file_mvirt_vmm_v1_vmm_proto_rawDesc = "" +
 	"created_at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x12\x1e\n" +
 	"\n" +
 	"hypervisor\x18\x06 \x01(\tR\n" +
-	"hypervisor\"\x9f\x01\n" +
+	"hypervisor\x12&\n" +
+	"\x04spec\x18\a \x01(\v2\x12.mvirt.vmm.v1.SpecR\x04spec\x120\n" +
+	"\x05disks\x18\b \x03(\v2\x1a.mvirt.vmm.v1.SnapshotDiskR\x05disks\"\x9f\x01\n" +
 	"\bCounters\x124\n" +
 	"\bcpu_time\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\acpuTime\x12%\n" +
 	"\x0eresident_bytes\x18\x02 \x01(\x04R\rresidentBytes\x126\n" +
@@ -2529,134 +2801,143 @@ func file_mvirt_vmm_v1_vmm_proto_rawDescGZIP() []byte {
 }
 
 var file_mvirt_vmm_v1_vmm_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_mvirt_vmm_v1_vmm_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
+var file_mvirt_vmm_v1_vmm_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
 var file_mvirt_vmm_v1_vmm_proto_goTypes = []any{
 	(State)(0),                       // 0: mvirt.vmm.v1.State
 	(EventType)(0),                   // 1: mvirt.vmm.v1.EventType
 	(*Ref)(nil),                      // 2: mvirt.vmm.v1.Ref
 	(*Spec)(nil),                     // 3: mvirt.vmm.v1.Spec
-	(*Boot)(nil),                     // 4: mvirt.vmm.v1.Boot
-	(*Disk)(nil),                     // 5: mvirt.vmm.v1.Disk
-	(*NIC)(nil),                      // 6: mvirt.vmm.v1.NIC
-	(*CloudInit)(nil),                // 7: mvirt.vmm.v1.CloudInit
-	(*VM)(nil),                       // 8: mvirt.vmm.v1.VM
-	(*RunAs)(nil),                    // 9: mvirt.vmm.v1.RunAs
-	(*CreateRequest)(nil),            // 10: mvirt.vmm.v1.CreateRequest
-	(*UpdateRequest)(nil),            // 11: mvirt.vmm.v1.UpdateRequest
-	(*StartRequest)(nil),             // 12: mvirt.vmm.v1.StartRequest
-	(*DiskAttachment)(nil),           // 13: mvirt.vmm.v1.DiskAttachment
-	(*NICAttachment)(nil),            // 14: mvirt.vmm.v1.NICAttachment
-	(*StopRequest)(nil),              // 15: mvirt.vmm.v1.StopRequest
-	(*RebootRequest)(nil),            // 16: mvirt.vmm.v1.RebootRequest
-	(*ConsoleRequest)(nil),           // 17: mvirt.vmm.v1.ConsoleRequest
-	(*Event)(nil),                    // 18: mvirt.vmm.v1.Event
-	(*PlugDiskRequest)(nil),          // 19: mvirt.vmm.v1.PlugDiskRequest
-	(*PlugNICRequest)(nil),           // 20: mvirt.vmm.v1.PlugNICRequest
-	(*UnplugRequest)(nil),            // 21: mvirt.vmm.v1.UnplugRequest
-	(*DiskResizedRequest)(nil),       // 22: mvirt.vmm.v1.DiskResizedRequest
-	(*ResizeRequest)(nil),            // 23: mvirt.vmm.v1.ResizeRequest
-	(*SnapshotRequest)(nil),          // 24: mvirt.vmm.v1.SnapshotRequest
-	(*StartFromSnapshotRequest)(nil), // 25: mvirt.vmm.v1.StartFromSnapshotRequest
-	(*MemorySnapshot)(nil),           // 26: mvirt.vmm.v1.MemorySnapshot
-	(*Counters)(nil),                 // 27: mvirt.vmm.v1.Counters
-	(*DeviceCounters)(nil),           // 28: mvirt.vmm.v1.DeviceCounters
-	(*ListResponse)(nil),             // 29: mvirt.vmm.v1.ListResponse
-	(*ListSnapshotsResponse)(nil),    // 30: mvirt.vmm.v1.ListSnapshotsResponse
-	(*ConsoleInput)(nil),             // 31: mvirt.vmm.v1.ConsoleInput
-	nil,                              // 32: mvirt.vmm.v1.Spec.LabelsEntry
-	(*timestamppb.Timestamp)(nil),    // 33: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),      // 34: google.protobuf.Duration
-	(*pluginpb.Empty)(nil),           // 35: mvirt.plugin.v1.Empty
-	(*pluginpb.Chunk)(nil),           // 36: mvirt.plugin.v1.Chunk
+	(*Topology)(nil),                 // 4: mvirt.vmm.v1.Topology
+	(*Boot)(nil),                     // 5: mvirt.vmm.v1.Boot
+	(*Disk)(nil),                     // 6: mvirt.vmm.v1.Disk
+	(*RateLimit)(nil),                // 7: mvirt.vmm.v1.RateLimit
+	(*NIC)(nil),                      // 8: mvirt.vmm.v1.NIC
+	(*CloudInit)(nil),                // 9: mvirt.vmm.v1.CloudInit
+	(*VM)(nil),                       // 10: mvirt.vmm.v1.VM
+	(*RunAs)(nil),                    // 11: mvirt.vmm.v1.RunAs
+	(*CreateRequest)(nil),            // 12: mvirt.vmm.v1.CreateRequest
+	(*UpdateRequest)(nil),            // 13: mvirt.vmm.v1.UpdateRequest
+	(*StartRequest)(nil),             // 14: mvirt.vmm.v1.StartRequest
+	(*DiskAttachment)(nil),           // 15: mvirt.vmm.v1.DiskAttachment
+	(*NICAttachment)(nil),            // 16: mvirt.vmm.v1.NICAttachment
+	(*StopRequest)(nil),              // 17: mvirt.vmm.v1.StopRequest
+	(*RebootRequest)(nil),            // 18: mvirt.vmm.v1.RebootRequest
+	(*ConsoleRequest)(nil),           // 19: mvirt.vmm.v1.ConsoleRequest
+	(*Event)(nil),                    // 20: mvirt.vmm.v1.Event
+	(*PlugDiskRequest)(nil),          // 21: mvirt.vmm.v1.PlugDiskRequest
+	(*PlugNICRequest)(nil),           // 22: mvirt.vmm.v1.PlugNICRequest
+	(*UnplugRequest)(nil),            // 23: mvirt.vmm.v1.UnplugRequest
+	(*DiskResizedRequest)(nil),       // 24: mvirt.vmm.v1.DiskResizedRequest
+	(*ResizeRequest)(nil),            // 25: mvirt.vmm.v1.ResizeRequest
+	(*SnapshotRequest)(nil),          // 26: mvirt.vmm.v1.SnapshotRequest
+	(*SnapshotDisk)(nil),             // 27: mvirt.vmm.v1.SnapshotDisk
+	(*StartFromSnapshotRequest)(nil), // 28: mvirt.vmm.v1.StartFromSnapshotRequest
+	(*MemorySnapshot)(nil),           // 29: mvirt.vmm.v1.MemorySnapshot
+	(*Counters)(nil),                 // 30: mvirt.vmm.v1.Counters
+	(*DeviceCounters)(nil),           // 31: mvirt.vmm.v1.DeviceCounters
+	(*ListResponse)(nil),             // 32: mvirt.vmm.v1.ListResponse
+	(*ListSnapshotsResponse)(nil),    // 33: mvirt.vmm.v1.ListSnapshotsResponse
+	(*ConsoleInput)(nil),             // 34: mvirt.vmm.v1.ConsoleInput
+	nil,                              // 35: mvirt.vmm.v1.Spec.LabelsEntry
+	(*timestamppb.Timestamp)(nil),    // 36: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),      // 37: google.protobuf.Duration
+	(*pluginpb.Empty)(nil),           // 38: mvirt.plugin.v1.Empty
+	(*pluginpb.Chunk)(nil),           // 39: mvirt.plugin.v1.Chunk
 }
 var file_mvirt_vmm_v1_vmm_proto_depIdxs = []int32{
-	4,  // 0: mvirt.vmm.v1.Spec.boot:type_name -> mvirt.vmm.v1.Boot
-	5,  // 1: mvirt.vmm.v1.Spec.disks:type_name -> mvirt.vmm.v1.Disk
-	6,  // 2: mvirt.vmm.v1.Spec.nics:type_name -> mvirt.vmm.v1.NIC
-	7,  // 3: mvirt.vmm.v1.Spec.cloud_init:type_name -> mvirt.vmm.v1.CloudInit
-	32, // 4: mvirt.vmm.v1.Spec.labels:type_name -> mvirt.vmm.v1.Spec.LabelsEntry
-	3,  // 5: mvirt.vmm.v1.VM.spec:type_name -> mvirt.vmm.v1.Spec
-	33, // 6: mvirt.vmm.v1.VM.created_at:type_name -> google.protobuf.Timestamp
-	0,  // 7: mvirt.vmm.v1.VM.state:type_name -> mvirt.vmm.v1.State
-	33, // 8: mvirt.vmm.v1.VM.since:type_name -> google.protobuf.Timestamp
-	0,  // 9: mvirt.vmm.v1.VM.desired:type_name -> mvirt.vmm.v1.State
-	9,  // 10: mvirt.vmm.v1.VM.run_as:type_name -> mvirt.vmm.v1.RunAs
-	33, // 11: mvirt.vmm.v1.VM.started_at:type_name -> google.protobuf.Timestamp
-	3,  // 12: mvirt.vmm.v1.CreateRequest.spec:type_name -> mvirt.vmm.v1.Spec
-	3,  // 13: mvirt.vmm.v1.UpdateRequest.spec:type_name -> mvirt.vmm.v1.Spec
-	13, // 14: mvirt.vmm.v1.StartRequest.disks:type_name -> mvirt.vmm.v1.DiskAttachment
-	14, // 15: mvirt.vmm.v1.StartRequest.nics:type_name -> mvirt.vmm.v1.NICAttachment
-	34, // 16: mvirt.vmm.v1.StopRequest.timeout:type_name -> google.protobuf.Duration
-	34, // 17: mvirt.vmm.v1.RebootRequest.timeout:type_name -> google.protobuf.Duration
-	1,  // 18: mvirt.vmm.v1.Event.type:type_name -> mvirt.vmm.v1.EventType
-	33, // 19: mvirt.vmm.v1.Event.time:type_name -> google.protobuf.Timestamp
-	8,  // 20: mvirt.vmm.v1.Event.vm:type_name -> mvirt.vmm.v1.VM
-	13, // 21: mvirt.vmm.v1.PlugDiskRequest.disk:type_name -> mvirt.vmm.v1.DiskAttachment
-	14, // 22: mvirt.vmm.v1.PlugNICRequest.nic:type_name -> mvirt.vmm.v1.NICAttachment
-	12, // 23: mvirt.vmm.v1.StartFromSnapshotRequest.start:type_name -> mvirt.vmm.v1.StartRequest
-	33, // 24: mvirt.vmm.v1.MemorySnapshot.created_at:type_name -> google.protobuf.Timestamp
-	34, // 25: mvirt.vmm.v1.Counters.cpu_time:type_name -> google.protobuf.Duration
-	28, // 26: mvirt.vmm.v1.Counters.devices:type_name -> mvirt.vmm.v1.DeviceCounters
-	8,  // 27: mvirt.vmm.v1.ListResponse.vms:type_name -> mvirt.vmm.v1.VM
-	26, // 28: mvirt.vmm.v1.ListSnapshotsResponse.memory_snapshots:type_name -> mvirt.vmm.v1.MemorySnapshot
-	17, // 29: mvirt.vmm.v1.ConsoleInput.open:type_name -> mvirt.vmm.v1.ConsoleRequest
-	10, // 30: mvirt.vmm.v1.VMM.Create:input_type -> mvirt.vmm.v1.CreateRequest
-	2,  // 31: mvirt.vmm.v1.VMM.Get:input_type -> mvirt.vmm.v1.Ref
-	35, // 32: mvirt.vmm.v1.VMM.List:input_type -> mvirt.plugin.v1.Empty
-	11, // 33: mvirt.vmm.v1.VMM.Update:input_type -> mvirt.vmm.v1.UpdateRequest
-	2,  // 34: mvirt.vmm.v1.VMM.Delete:input_type -> mvirt.vmm.v1.Ref
-	12, // 35: mvirt.vmm.v1.VMM.Start:input_type -> mvirt.vmm.v1.StartRequest
-	15, // 36: mvirt.vmm.v1.VMM.Stop:input_type -> mvirt.vmm.v1.StopRequest
-	2,  // 37: mvirt.vmm.v1.VMM.Kill:input_type -> mvirt.vmm.v1.Ref
-	2,  // 38: mvirt.vmm.v1.VMM.Pause:input_type -> mvirt.vmm.v1.Ref
-	2,  // 39: mvirt.vmm.v1.VMM.Resume:input_type -> mvirt.vmm.v1.Ref
-	16, // 40: mvirt.vmm.v1.VMM.Reboot:input_type -> mvirt.vmm.v1.RebootRequest
-	35, // 41: mvirt.vmm.v1.VMM.Watch:input_type -> mvirt.plugin.v1.Empty
-	19, // 42: mvirt.vmm.v1.VMM.PlugDisk:input_type -> mvirt.vmm.v1.PlugDiskRequest
-	21, // 43: mvirt.vmm.v1.VMM.UnplugDisk:input_type -> mvirt.vmm.v1.UnplugRequest
-	20, // 44: mvirt.vmm.v1.VMM.PlugNIC:input_type -> mvirt.vmm.v1.PlugNICRequest
-	21, // 45: mvirt.vmm.v1.VMM.UnplugNIC:input_type -> mvirt.vmm.v1.UnplugRequest
-	22, // 46: mvirt.vmm.v1.VMM.DiskResized:input_type -> mvirt.vmm.v1.DiskResizedRequest
-	23, // 47: mvirt.vmm.v1.VMM.Resize:input_type -> mvirt.vmm.v1.ResizeRequest
-	24, // 48: mvirt.vmm.v1.VMM.Snapshot:input_type -> mvirt.vmm.v1.SnapshotRequest
-	25, // 49: mvirt.vmm.v1.VMM.StartFromSnapshot:input_type -> mvirt.vmm.v1.StartFromSnapshotRequest
-	2,  // 50: mvirt.vmm.v1.VMM.ListSnapshots:input_type -> mvirt.vmm.v1.Ref
-	2,  // 51: mvirt.vmm.v1.VMM.DeleteSnapshot:input_type -> mvirt.vmm.v1.Ref
-	2,  // 52: mvirt.vmm.v1.VMM.Counters:input_type -> mvirt.vmm.v1.Ref
-	31, // 53: mvirt.vmm.v1.VMM.Console:input_type -> mvirt.vmm.v1.ConsoleInput
-	35, // 54: mvirt.vmm.v1.VMM.Backup:input_type -> mvirt.plugin.v1.Empty
-	36, // 55: mvirt.vmm.v1.VMM.Restore:input_type -> mvirt.plugin.v1.Chunk
-	8,  // 56: mvirt.vmm.v1.VMM.Create:output_type -> mvirt.vmm.v1.VM
-	8,  // 57: mvirt.vmm.v1.VMM.Get:output_type -> mvirt.vmm.v1.VM
-	29, // 58: mvirt.vmm.v1.VMM.List:output_type -> mvirt.vmm.v1.ListResponse
-	8,  // 59: mvirt.vmm.v1.VMM.Update:output_type -> mvirt.vmm.v1.VM
-	35, // 60: mvirt.vmm.v1.VMM.Delete:output_type -> mvirt.plugin.v1.Empty
-	8,  // 61: mvirt.vmm.v1.VMM.Start:output_type -> mvirt.vmm.v1.VM
-	8,  // 62: mvirt.vmm.v1.VMM.Stop:output_type -> mvirt.vmm.v1.VM
-	8,  // 63: mvirt.vmm.v1.VMM.Kill:output_type -> mvirt.vmm.v1.VM
-	8,  // 64: mvirt.vmm.v1.VMM.Pause:output_type -> mvirt.vmm.v1.VM
-	8,  // 65: mvirt.vmm.v1.VMM.Resume:output_type -> mvirt.vmm.v1.VM
-	8,  // 66: mvirt.vmm.v1.VMM.Reboot:output_type -> mvirt.vmm.v1.VM
-	18, // 67: mvirt.vmm.v1.VMM.Watch:output_type -> mvirt.vmm.v1.Event
-	35, // 68: mvirt.vmm.v1.VMM.PlugDisk:output_type -> mvirt.plugin.v1.Empty
-	35, // 69: mvirt.vmm.v1.VMM.UnplugDisk:output_type -> mvirt.plugin.v1.Empty
-	35, // 70: mvirt.vmm.v1.VMM.PlugNIC:output_type -> mvirt.plugin.v1.Empty
-	35, // 71: mvirt.vmm.v1.VMM.UnplugNIC:output_type -> mvirt.plugin.v1.Empty
-	35, // 72: mvirt.vmm.v1.VMM.DiskResized:output_type -> mvirt.plugin.v1.Empty
-	8,  // 73: mvirt.vmm.v1.VMM.Resize:output_type -> mvirt.vmm.v1.VM
-	26, // 74: mvirt.vmm.v1.VMM.Snapshot:output_type -> mvirt.vmm.v1.MemorySnapshot
-	8,  // 75: mvirt.vmm.v1.VMM.StartFromSnapshot:output_type -> mvirt.vmm.v1.VM
-	30, // 76: mvirt.vmm.v1.VMM.ListSnapshots:output_type -> mvirt.vmm.v1.ListSnapshotsResponse
-	35, // 77: mvirt.vmm.v1.VMM.DeleteSnapshot:output_type -> mvirt.plugin.v1.Empty
-	27, // 78: mvirt.vmm.v1.VMM.Counters:output_type -> mvirt.vmm.v1.Counters
-	36, // 79: mvirt.vmm.v1.VMM.Console:output_type -> mvirt.plugin.v1.Chunk
-	36, // 80: mvirt.vmm.v1.VMM.Backup:output_type -> mvirt.plugin.v1.Chunk
-	35, // 81: mvirt.vmm.v1.VMM.Restore:output_type -> mvirt.plugin.v1.Empty
-	56, // [56:82] is the sub-list for method output_type
-	30, // [30:56] is the sub-list for method input_type
-	30, // [30:30] is the sub-list for extension type_name
-	30, // [30:30] is the sub-list for extension extendee
-	0,  // [0:30] is the sub-list for field type_name
+	5,  // 0: mvirt.vmm.v1.Spec.boot:type_name -> mvirt.vmm.v1.Boot
+	6,  // 1: mvirt.vmm.v1.Spec.disks:type_name -> mvirt.vmm.v1.Disk
+	8,  // 2: mvirt.vmm.v1.Spec.nics:type_name -> mvirt.vmm.v1.NIC
+	9,  // 3: mvirt.vmm.v1.Spec.cloud_init:type_name -> mvirt.vmm.v1.CloudInit
+	35, // 4: mvirt.vmm.v1.Spec.labels:type_name -> mvirt.vmm.v1.Spec.LabelsEntry
+	4,  // 5: mvirt.vmm.v1.Spec.topology:type_name -> mvirt.vmm.v1.Topology
+	7,  // 6: mvirt.vmm.v1.Disk.limit:type_name -> mvirt.vmm.v1.RateLimit
+	3,  // 7: mvirt.vmm.v1.VM.spec:type_name -> mvirt.vmm.v1.Spec
+	36, // 8: mvirt.vmm.v1.VM.created_at:type_name -> google.protobuf.Timestamp
+	0,  // 9: mvirt.vmm.v1.VM.state:type_name -> mvirt.vmm.v1.State
+	36, // 10: mvirt.vmm.v1.VM.since:type_name -> google.protobuf.Timestamp
+	0,  // 11: mvirt.vmm.v1.VM.desired:type_name -> mvirt.vmm.v1.State
+	11, // 12: mvirt.vmm.v1.VM.run_as:type_name -> mvirt.vmm.v1.RunAs
+	36, // 13: mvirt.vmm.v1.VM.started_at:type_name -> google.protobuf.Timestamp
+	3,  // 14: mvirt.vmm.v1.CreateRequest.spec:type_name -> mvirt.vmm.v1.Spec
+	3,  // 15: mvirt.vmm.v1.UpdateRequest.spec:type_name -> mvirt.vmm.v1.Spec
+	15, // 16: mvirt.vmm.v1.StartRequest.disks:type_name -> mvirt.vmm.v1.DiskAttachment
+	16, // 17: mvirt.vmm.v1.StartRequest.nics:type_name -> mvirt.vmm.v1.NICAttachment
+	7,  // 18: mvirt.vmm.v1.DiskAttachment.limit:type_name -> mvirt.vmm.v1.RateLimit
+	37, // 19: mvirt.vmm.v1.StopRequest.timeout:type_name -> google.protobuf.Duration
+	37, // 20: mvirt.vmm.v1.RebootRequest.timeout:type_name -> google.protobuf.Duration
+	1,  // 21: mvirt.vmm.v1.Event.type:type_name -> mvirt.vmm.v1.EventType
+	36, // 22: mvirt.vmm.v1.Event.time:type_name -> google.protobuf.Timestamp
+	10, // 23: mvirt.vmm.v1.Event.vm:type_name -> mvirt.vmm.v1.VM
+	15, // 24: mvirt.vmm.v1.PlugDiskRequest.disk:type_name -> mvirt.vmm.v1.DiskAttachment
+	16, // 25: mvirt.vmm.v1.PlugNICRequest.nic:type_name -> mvirt.vmm.v1.NICAttachment
+	27, // 26: mvirt.vmm.v1.SnapshotRequest.disks:type_name -> mvirt.vmm.v1.SnapshotDisk
+	14, // 27: mvirt.vmm.v1.StartFromSnapshotRequest.start:type_name -> mvirt.vmm.v1.StartRequest
+	36, // 28: mvirt.vmm.v1.MemorySnapshot.created_at:type_name -> google.protobuf.Timestamp
+	3,  // 29: mvirt.vmm.v1.MemorySnapshot.spec:type_name -> mvirt.vmm.v1.Spec
+	27, // 30: mvirt.vmm.v1.MemorySnapshot.disks:type_name -> mvirt.vmm.v1.SnapshotDisk
+	37, // 31: mvirt.vmm.v1.Counters.cpu_time:type_name -> google.protobuf.Duration
+	31, // 32: mvirt.vmm.v1.Counters.devices:type_name -> mvirt.vmm.v1.DeviceCounters
+	10, // 33: mvirt.vmm.v1.ListResponse.vms:type_name -> mvirt.vmm.v1.VM
+	29, // 34: mvirt.vmm.v1.ListSnapshotsResponse.memory_snapshots:type_name -> mvirt.vmm.v1.MemorySnapshot
+	19, // 35: mvirt.vmm.v1.ConsoleInput.open:type_name -> mvirt.vmm.v1.ConsoleRequest
+	12, // 36: mvirt.vmm.v1.VMM.Create:input_type -> mvirt.vmm.v1.CreateRequest
+	2,  // 37: mvirt.vmm.v1.VMM.Get:input_type -> mvirt.vmm.v1.Ref
+	38, // 38: mvirt.vmm.v1.VMM.List:input_type -> mvirt.plugin.v1.Empty
+	13, // 39: mvirt.vmm.v1.VMM.Update:input_type -> mvirt.vmm.v1.UpdateRequest
+	2,  // 40: mvirt.vmm.v1.VMM.Delete:input_type -> mvirt.vmm.v1.Ref
+	14, // 41: mvirt.vmm.v1.VMM.Start:input_type -> mvirt.vmm.v1.StartRequest
+	17, // 42: mvirt.vmm.v1.VMM.Stop:input_type -> mvirt.vmm.v1.StopRequest
+	2,  // 43: mvirt.vmm.v1.VMM.Kill:input_type -> mvirt.vmm.v1.Ref
+	2,  // 44: mvirt.vmm.v1.VMM.Pause:input_type -> mvirt.vmm.v1.Ref
+	2,  // 45: mvirt.vmm.v1.VMM.Resume:input_type -> mvirt.vmm.v1.Ref
+	18, // 46: mvirt.vmm.v1.VMM.Reboot:input_type -> mvirt.vmm.v1.RebootRequest
+	38, // 47: mvirt.vmm.v1.VMM.Watch:input_type -> mvirt.plugin.v1.Empty
+	21, // 48: mvirt.vmm.v1.VMM.PlugDisk:input_type -> mvirt.vmm.v1.PlugDiskRequest
+	23, // 49: mvirt.vmm.v1.VMM.UnplugDisk:input_type -> mvirt.vmm.v1.UnplugRequest
+	22, // 50: mvirt.vmm.v1.VMM.PlugNIC:input_type -> mvirt.vmm.v1.PlugNICRequest
+	23, // 51: mvirt.vmm.v1.VMM.UnplugNIC:input_type -> mvirt.vmm.v1.UnplugRequest
+	24, // 52: mvirt.vmm.v1.VMM.DiskResized:input_type -> mvirt.vmm.v1.DiskResizedRequest
+	25, // 53: mvirt.vmm.v1.VMM.Resize:input_type -> mvirt.vmm.v1.ResizeRequest
+	26, // 54: mvirt.vmm.v1.VMM.Snapshot:input_type -> mvirt.vmm.v1.SnapshotRequest
+	28, // 55: mvirt.vmm.v1.VMM.StartFromSnapshot:input_type -> mvirt.vmm.v1.StartFromSnapshotRequest
+	2,  // 56: mvirt.vmm.v1.VMM.ListSnapshots:input_type -> mvirt.vmm.v1.Ref
+	2,  // 57: mvirt.vmm.v1.VMM.DeleteSnapshot:input_type -> mvirt.vmm.v1.Ref
+	2,  // 58: mvirt.vmm.v1.VMM.Counters:input_type -> mvirt.vmm.v1.Ref
+	34, // 59: mvirt.vmm.v1.VMM.Console:input_type -> mvirt.vmm.v1.ConsoleInput
+	38, // 60: mvirt.vmm.v1.VMM.Backup:input_type -> mvirt.plugin.v1.Empty
+	39, // 61: mvirt.vmm.v1.VMM.Restore:input_type -> mvirt.plugin.v1.Chunk
+	10, // 62: mvirt.vmm.v1.VMM.Create:output_type -> mvirt.vmm.v1.VM
+	10, // 63: mvirt.vmm.v1.VMM.Get:output_type -> mvirt.vmm.v1.VM
+	32, // 64: mvirt.vmm.v1.VMM.List:output_type -> mvirt.vmm.v1.ListResponse
+	10, // 65: mvirt.vmm.v1.VMM.Update:output_type -> mvirt.vmm.v1.VM
+	38, // 66: mvirt.vmm.v1.VMM.Delete:output_type -> mvirt.plugin.v1.Empty
+	10, // 67: mvirt.vmm.v1.VMM.Start:output_type -> mvirt.vmm.v1.VM
+	10, // 68: mvirt.vmm.v1.VMM.Stop:output_type -> mvirt.vmm.v1.VM
+	10, // 69: mvirt.vmm.v1.VMM.Kill:output_type -> mvirt.vmm.v1.VM
+	10, // 70: mvirt.vmm.v1.VMM.Pause:output_type -> mvirt.vmm.v1.VM
+	10, // 71: mvirt.vmm.v1.VMM.Resume:output_type -> mvirt.vmm.v1.VM
+	10, // 72: mvirt.vmm.v1.VMM.Reboot:output_type -> mvirt.vmm.v1.VM
+	20, // 73: mvirt.vmm.v1.VMM.Watch:output_type -> mvirt.vmm.v1.Event
+	38, // 74: mvirt.vmm.v1.VMM.PlugDisk:output_type -> mvirt.plugin.v1.Empty
+	38, // 75: mvirt.vmm.v1.VMM.UnplugDisk:output_type -> mvirt.plugin.v1.Empty
+	38, // 76: mvirt.vmm.v1.VMM.PlugNIC:output_type -> mvirt.plugin.v1.Empty
+	38, // 77: mvirt.vmm.v1.VMM.UnplugNIC:output_type -> mvirt.plugin.v1.Empty
+	38, // 78: mvirt.vmm.v1.VMM.DiskResized:output_type -> mvirt.plugin.v1.Empty
+	10, // 79: mvirt.vmm.v1.VMM.Resize:output_type -> mvirt.vmm.v1.VM
+	29, // 80: mvirt.vmm.v1.VMM.Snapshot:output_type -> mvirt.vmm.v1.MemorySnapshot
+	10, // 81: mvirt.vmm.v1.VMM.StartFromSnapshot:output_type -> mvirt.vmm.v1.VM
+	33, // 82: mvirt.vmm.v1.VMM.ListSnapshots:output_type -> mvirt.vmm.v1.ListSnapshotsResponse
+	38, // 83: mvirt.vmm.v1.VMM.DeleteSnapshot:output_type -> mvirt.plugin.v1.Empty
+	30, // 84: mvirt.vmm.v1.VMM.Counters:output_type -> mvirt.vmm.v1.Counters
+	39, // 85: mvirt.vmm.v1.VMM.Console:output_type -> mvirt.plugin.v1.Chunk
+	39, // 86: mvirt.vmm.v1.VMM.Backup:output_type -> mvirt.plugin.v1.Chunk
+	38, // 87: mvirt.vmm.v1.VMM.Restore:output_type -> mvirt.plugin.v1.Empty
+	62, // [62:88] is the sub-list for method output_type
+	36, // [36:62] is the sub-list for method input_type
+	36, // [36:36] is the sub-list for extension type_name
+	36, // [36:36] is the sub-list for extension extendee
+	0,  // [0:36] is the sub-list for field type_name
 }
 
 func init() { file_mvirt_vmm_v1_vmm_proto_init() }
@@ -2664,7 +2945,7 @@ func file_mvirt_vmm_v1_vmm_proto_init() {
 	if File_mvirt_vmm_v1_vmm_proto != nil {
 		return
 	}
-	file_mvirt_vmm_v1_vmm_proto_msgTypes[29].OneofWrappers = []any{
+	file_mvirt_vmm_v1_vmm_proto_msgTypes[32].OneofWrappers = []any{
 		(*ConsoleInput_Open)(nil),
 		(*ConsoleInput_Data)(nil),
 	}
@@ -2674,7 +2955,7 @@ func file_mvirt_vmm_v1_vmm_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mvirt_vmm_v1_vmm_proto_rawDesc), len(file_mvirt_vmm_v1_vmm_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   31,
+			NumMessages:   34,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

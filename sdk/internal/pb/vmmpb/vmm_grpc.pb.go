@@ -115,11 +115,18 @@ type VMMClient interface {
 	// Optional: Resizer is the optional feature FeatureVMMResize.
 	Resize(ctx context.Context, in *ResizeRequest, opts ...grpc.CallOption) (*VM, error)
 	// Optional: Snapshotter is the optional feature FeatureVMMSnapshot.
-	// Snapshot writes memory and device state of a paused VM into the plugin's directory under SnapshotID.
+	// Snapshot writes memory and device state of a paused VM into the plugin's directory under SnapshotID. The
+	// VM stays paused, so that its volumes can be snapshotted at the same point. Repeated, it gives what is
+	// there. Kinds: Precondition (VM_STATE) unless paused, Exists, Exhausted.
 	Snapshot(ctx context.Context, in *SnapshotRequest, opts ...grpc.CallOption) (*MemorySnapshot, error)
-	// StartFromSnapshot starts a VM, this one or another of the same shape, from such a state.
+	// StartFromSnapshot starts a VM, this one or another of the same shape, from such a state, instead of
+	// booting it. Its volumes must hold what they held then. Kinds: as Start; Precondition (OTHER_SHAPE) when
+	// vCPUs, memory, disks or NICs differ in number or size, (OTHER_HYPERVISOR) when another program wrote it.
 	StartFromSnapshot(ctx context.Context, in *StartFromSnapshotRequest, opts ...grpc.CallOption) (*VM, error)
+	// ListSnapshots lists those of one VM, by id or name, or with an empty Ref all, oldest first. They outlive
+	// the VM.
 	ListSnapshots(ctx context.Context, in *Ref, opts ...grpc.CallOption) (*ListSnapshotsResponse, error)
+	// DeleteSnapshot takes the snapshot's id. One that is gone is no error.
 	DeleteSnapshot(ctx context.Context, in *Ref, opts ...grpc.CallOption) (*pluginpb.Empty, error)
 	// Optional: Counter is the optional feature FeatureVMMCounters.
 	Counters(ctx context.Context, in *Ref, opts ...grpc.CallOption) (*Counters, error)
@@ -469,11 +476,18 @@ type VMMServer interface {
 	// Optional: Resizer is the optional feature FeatureVMMResize.
 	Resize(context.Context, *ResizeRequest) (*VM, error)
 	// Optional: Snapshotter is the optional feature FeatureVMMSnapshot.
-	// Snapshot writes memory and device state of a paused VM into the plugin's directory under SnapshotID.
+	// Snapshot writes memory and device state of a paused VM into the plugin's directory under SnapshotID. The
+	// VM stays paused, so that its volumes can be snapshotted at the same point. Repeated, it gives what is
+	// there. Kinds: Precondition (VM_STATE) unless paused, Exists, Exhausted.
 	Snapshot(context.Context, *SnapshotRequest) (*MemorySnapshot, error)
-	// StartFromSnapshot starts a VM, this one or another of the same shape, from such a state.
+	// StartFromSnapshot starts a VM, this one or another of the same shape, from such a state, instead of
+	// booting it. Its volumes must hold what they held then. Kinds: as Start; Precondition (OTHER_SHAPE) when
+	// vCPUs, memory, disks or NICs differ in number or size, (OTHER_HYPERVISOR) when another program wrote it.
 	StartFromSnapshot(context.Context, *StartFromSnapshotRequest) (*VM, error)
+	// ListSnapshots lists those of one VM, by id or name, or with an empty Ref all, oldest first. They outlive
+	// the VM.
 	ListSnapshots(context.Context, *Ref) (*ListSnapshotsResponse, error)
+	// DeleteSnapshot takes the snapshot's id. One that is gone is no error.
 	DeleteSnapshot(context.Context, *Ref) (*pluginpb.Empty, error)
 	// Optional: Counter is the optional feature FeatureVMMCounters.
 	Counters(context.Context, *Ref) (*Counters, error)
