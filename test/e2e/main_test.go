@@ -44,13 +44,17 @@ func run(m *testing.M) (int, error) {
 	if os.Geteuid() != 0 {
 		return 0, fmt.Errorf("these tests need root: they start plugins under their own users and make networks")
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Minute)
 	defer cancel()
 	place := system.RootPlace("e2e")
+	unlock, err := system.Lock(ctx, place)
+	if err != nil {
+		return 0, err
+	}
+	defer unlock()
 	if _, err := system.Sweep(ctx, place); err != nil {
 		return 0, err
 	}
-	var err error
 	if shared.bin, err = filepath.Abs("../../bin"); err != nil {
 		return 0, err
 	}

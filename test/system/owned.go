@@ -115,6 +115,9 @@ func Owned(ctx context.Context, p Place, known ...string) (Things, error) {
 	return t, nil
 }
 
+// Processes are the processes of the system at p.
+func Processes(p Place) ([]Process, error) { return processes(p) }
+
 // processes whose program, or an argument, lies in the place. A plugin is executed from an open descriptor,
 // but the kernel still says which file that is.
 func processes(p Place) ([]Process, error) {

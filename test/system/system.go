@@ -25,6 +25,8 @@ import (
 	"github.com/mvirt/mvirt/core/apiv1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+
+	"golang.org/x/sys/unix"
 )
 
 // Place is where a system lives. As root both directories belong to root and can be entered by all.
@@ -51,6 +53,7 @@ type Options struct {
 	Args  map[string][]string
 	Down  []string // kinds that are not expected to come up
 	User  string   // as root: run all of it as this ordinary user, who gets the directories
+	Patience time.Duration // how long to wait for mvirtd and its plugins; 0: 30 s
 	// Config may change the configuration's text before it is written.
 	Config func(string) string
 	Log    io.Writer // nil: the file mvirtd.log in the directory
@@ -65,6 +68,33 @@ type System struct {
 	cmd    *exec.Cmd
 	done   chan struct{} // closed when mvirtd has ended
 	err    error         // of mvirtd; after done
+}
+
+// Lock keeps others who use the same place out until it is released. It waits for its turn.
+func Lock(ctx context.Context, p Place) (release func(), err error) {
+	f, err := os.OpenFile(p.Dir+".lock", os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	for said := false; ; said = true {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { f.Close() }, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			f.Close()
+			return nil, fmt.Errorf("lock %s: %w", f.Name(), err)
+		}
+		if !said {
+			fmt.Printf("waiting for another run that uses %s\n", p.Dir)
+		}
+		select {
+		case <-ctx.Done():
+			f.Close()
+			return nil, fmt.Errorf("another run uses %s: %w", p.Dir, ctx.Err())
+		case <-time.After(200 * time.Millisecond): // flock(2) has no timeout
+		}
+	}
 }
 
 // Users that mvirt runs as, when started by root.
@@ -216,6 +246,22 @@ func quoted(list []string) string {
 
 // Launch starts mvirtd on a directory that is prepared, and waits for it.
 func (s *System) Launch(ctx context.Context) error {
+	if err := s.Spawn(); err != nil {
+		return err
+	}
+	patience := s.opt.Patience
+	if patience == 0 {
+		patience = 30 * time.Second
+	}
+	if err := s.WaitUp(ctx, patience); err != nil {
+		_ = s.Stop(context.WithoutCancel(ctx))
+		return fmt.Errorf("mvirtd did not come up: %w\n%s", err, s.LogTail(60))
+	}
+	return nil
+}
+
+// Spawn starts mvirtd on a directory that is prepared, and does not wait for it.
+func (s *System) Spawn() error {
 	log := s.opt.Log
 	if log == nil {
 		f, err := os.OpenFile(s.LogPath(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
@@ -225,7 +271,7 @@ func (s *System) Launch(ctx context.Context) error {
 		defer f.Close()
 		log = f
 	}
-	// Not bound to ctx: it ends in order, by Stop.
+	// Not bound to a context: it ends in order, by Stop.
 	s.cmd = exec.Command(filepath.Join(s.Dir, "bin", "mvirtd"), "--config", s.ConfigPath())
 	s.cmd.Stdout, s.cmd.Stderr, s.cmd.Dir = log, log, "/"
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Credential: s.cred}
@@ -233,14 +279,10 @@ func (s *System) Launch(ctx context.Context) error {
 		return err
 	}
 	s.done = make(chan struct{})
-	go func() {
-		s.err = s.cmd.Wait()
-		close(s.done)
-	}()
-	if err := s.WaitUp(ctx, 30*time.Second); err != nil {
-		_ = s.Stop(context.WithoutCancel(ctx))
-		return fmt.Errorf("mvirtd did not come up: %w\n%s", err, s.LogTail(60))
-	}
+	go func(cmd *exec.Cmd, done chan struct{}) {
+		s.err = cmd.Wait()
+		close(done)
+	}(s.cmd, s.done)
 	return nil
 }
 
@@ -252,7 +294,9 @@ func (s *System) Done() <-chan struct{} { return s.done }
 
 // Dial connects to the API.
 func (s *System) Dial() (*grpc.ClientConn, error) {
-	return grpc.NewClient("unix://"+s.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	const window = 4 << 20 // as the CLI has it
+	return grpc.NewClient("unix://"+s.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithInitialWindowSize(window), grpc.WithInitialConnWindowSize(window), grpc.WithReadBufferSize(256<<10))
 }
 
 // WaitUp waits until the API answers and every plugin is up.

@@ -55,6 +55,7 @@ func (c *checker) sorted() Problems {
 func (c *checker) build(f *fileConfig) *Config {
 	cfg := &Config{Path: c.file, Core: defaultCore(), Plugins: map[service.Kind]*Plugin{}}
 	c.core(&cfg.Core, &f.Core)
+	c.jail(&cfg.Jail, &f.Jail, &cfg.Core)
 	tables := f.tables()
 	for _, k := range service.Kinds() {
 		if fp := tables[k]; fp != nil {
@@ -104,6 +105,7 @@ func (c *checker) core(o *Core, f *fileCore) {
 	c.duration("core.call_wait", f.CallWait, 0, time.Minute, &o.CallWait)
 	c.duration("core.call_timeout", f.CallTimeout, time.Second, time.Hour, &o.CallTimeout)
 	c.duration("core.stop_timeout", f.StopTimeout, time.Second, 10*time.Minute, &o.StopTimeout)
+	c.duration("core.restart_delay_max", f.RestartDelayMax, 100*time.Millisecond, 10*time.Minute, &o.RestartDelayMax)
 	c.size("core.spool_limit", f.SpoolLimit, 1<<20, 1<<40, &o.SpoolLimit)
 	if f.Cgroup != nil {
 		switch {
@@ -192,6 +194,13 @@ func (c *checker) plugin(o *Plugin, f *filePlugin) {
 	c.duration(pre+"health_deadline", f.HealthDeadline, 50*time.Millisecond, time.Hour, &o.HealthDeadline)
 	c.duration(pre+"start_timeout", f.StartTimeout, 100*time.Millisecond, 10*time.Minute, &o.StartTimeout)
 	c.duration(pre+"stop_timeout", f.StopTimeout, 100*time.Millisecond, 10*time.Minute, &o.StopTimeout)
+	c.duration(pre+"restart_delay_max", f.RestartDelayMax, 100*time.Millisecond, 10*time.Minute, &o.RestartDelayMax)
+	if f.QuarantineDeaths != nil {
+		if *f.QuarantineDeaths != 0 && (*f.QuarantineDeaths < 2 || *f.QuarantineDeaths > 1000) {
+			c.bad(pre+"quarantine_deaths", "use 2 to 1000, or 0 for never", "%d is out of range", *f.QuarantineDeaths)
+		}
+		o.QuarantineDeaths = int(*f.QuarantineDeaths)
+	}
 	if f.HealthMisses != nil {
 		if *f.HealthMisses < 1 || *f.HealthMisses > 100 {
 			c.bad(pre+"health_misses", "use 1 to 100", "%d is out of range", *f.HealthMisses)

@@ -27,6 +27,7 @@ const MaxFile = 1 << 20
 type Config struct {
 	Path    string // the file it came from
 	Core    Core
+	Jail    Jail
 	Plugins map[service.Kind]*Plugin // only kinds that the file has a table for
 }
 
@@ -43,8 +44,10 @@ type Core struct {
 	CallWait    time.Duration
 	CallTimeout time.Duration
 	StopTimeout time.Duration
-	SpoolLimit  uint64 // bytes of audit and log entries kept on disk while the log plugin is away
-	Cgroup      string // "auto", "none", or the absolute path of a cgroup v2 directory
+	// RestartDelayMax is the longest delay before the core is started again after it ended by itself.
+	RestartDelayMax time.Duration
+	SpoolLimit      uint64 // bytes of audit and log entries kept on disk while the log plugin is away
+	Cgroup          string // "auto", "none", or the absolute path of a cgroup v2 directory
 }
 
 // Plugin is a table [plugin.<kind>].
@@ -68,34 +71,40 @@ type Plugin struct {
 	HealthMisses   int
 	StartTimeout   time.Duration
 	StopTimeout    time.Duration
+
+	RestartDelayMax  time.Duration // longest delay before the next attempt after a death
+	QuarantineDeaths int           // within two minutes; 0: never
 }
 
 // Defaults of [core]. Durations and counts of plugins follow the supervision rules in docs/operating.md.
 func defaultCore() Core {
 	return Core{
-		Socket:      "/run/mvirt/mvirt.sock",
-		SocketMode:  0o660,
-		StateDir:    "/var/lib/mvirt/core",
-		RunDir:      "/run/mvirt",
-		User:        "mvirt",
-		LogLevel:    "info",
-		CallWait:    3 * time.Second,
-		CallTimeout: 2 * time.Minute,
-		StopTimeout: 30 * time.Second,
-		SpoolLimit:  256 << 20,
-		Cgroup:      "auto",
+		Socket:          "/run/mvirt/mvirt.sock",
+		SocketMode:      0o660,
+		StateDir:        "/var/lib/mvirt/core",
+		RunDir:          "/run/mvirt",
+		User:            "mvirt",
+		LogLevel:        "info",
+		CallWait:        3 * time.Second,
+		CallTimeout:     2 * time.Minute,
+		StopTimeout:     30 * time.Second,
+		RestartDelayMax: 30 * time.Second,
+		SpoolLimit:      256 << 20,
+		Cgroup:          "auto",
 	}
 }
 
 func defaultPlugin(k service.Kind) Plugin {
 	return Plugin{
-		Kind:           k,
-		NoFile:         65536,
-		HealthInterval: 5 * time.Second,
-		HealthDeadline: 2 * time.Second,
-		HealthMisses:   3,
-		StartTimeout:   10 * time.Second,
-		StopTimeout:    10 * time.Second,
+		Kind:             k,
+		NoFile:           65536,
+		HealthInterval:   5 * time.Second,
+		HealthDeadline:   2 * time.Second,
+		HealthMisses:     3,
+		StartTimeout:     10 * time.Second,
+		StopTimeout:      10 * time.Second,
+		RestartDelayMax:  30 * time.Second,
+		QuarantineDeaths: 5,
 	}
 }
 

@@ -83,7 +83,7 @@ func TestBad(t *testing.T) {
 		{"unknown core key", "[core]\n  sokket = \"/x\"\n" + ok, "f:2:3: core.sokket: unknown key", "keys of core: socket, "},
 		{"unknown plugin key", ok + "user = \"a\"\nkommand = \"\"\n", "f:4:1: plugin.vmm.kommand: unknown key", "keys of a plugin: command"},
 		{"unknown kind", "[plugin.gpu]\ncommand = \"/bin/x\"\n", "f:1:", "plugin.storage, plugin.net"},
-		{"unknown table", "[extra]\na = 1\n" + ok, "f:1:2: extra", "tables are core and plugin.<kind>"},
+		{"unknown table", "[extra]\na = 1\n" + ok, "f:1:2: extra", "tables are core, jail and plugin.<kind>"},
 		{"syntax", "[core\n", "f:1:", "example"},
 		{"type", "[core]\nsocket = 5\n" + ok, "f:2:", "example"},
 		{"twice", "[core]\nuser = \"a\"\nuser = \"b\"\n" + ok, "f:3:1", ""},

@@ -18,6 +18,7 @@ import (
 // The file as TOML has it. Pointers tell "absent" from "zero".
 type fileConfig struct {
 	Core   fileCore `toml:"core"`
+	Jail   fileJail `toml:"jail"`
 	Plugin struct {
 		Storage *filePlugin `toml:"storage"`
 		Net     *filePlugin `toml:"net"`
@@ -27,39 +28,42 @@ type fileConfig struct {
 }
 
 type fileCore struct {
-	Socket      *string `toml:"socket"`
-	SocketGroup *string `toml:"socket_group"`
-	SocketMode  *string `toml:"socket_mode"`
-	StateDir    *string `toml:"state_dir"`
-	RunDir      *string `toml:"run_dir"`
-	User        *string `toml:"user"`
-	Group       *string `toml:"group"`
-	LogLevel    *string `toml:"log_level"`
-	CallWait    *string `toml:"call_wait"`
-	CallTimeout *string `toml:"call_timeout"`
-	StopTimeout *string `toml:"stop_timeout"`
-	SpoolLimit  any     `toml:"spool_limit"`
-	Cgroup      *string `toml:"cgroup"`
+	Socket          *string `toml:"socket"`
+	SocketGroup     *string `toml:"socket_group"`
+	SocketMode      *string `toml:"socket_mode"`
+	StateDir        *string `toml:"state_dir"`
+	RunDir          *string `toml:"run_dir"`
+	User            *string `toml:"user"`
+	Group           *string `toml:"group"`
+	LogLevel        *string `toml:"log_level"`
+	CallWait        *string `toml:"call_wait"`
+	CallTimeout     *string `toml:"call_timeout"`
+	StopTimeout     *string `toml:"stop_timeout"`
+	RestartDelayMax *string `toml:"restart_delay_max"`
+	SpoolLimit      any     `toml:"spool_limit"`
+	Cgroup          *string `toml:"cgroup"`
 }
 
 type filePlugin struct {
-	Command        *string           `toml:"command"`
-	Args           []string          `toml:"args"`
-	User           *string           `toml:"user"`
-	Group          *string           `toml:"group"`
-	Groups         []string          `toml:"groups"`
-	Capabilities   []string          `toml:"capabilities"`
-	DataDir        *string           `toml:"data_dir"`
-	WorkerUser     *string           `toml:"worker_user"`
-	SHA256         *string           `toml:"sha256"`
-	Env            map[string]string `toml:"env"`
-	NoFile         *int64            `toml:"nofile"`
-	Attach         *string           `toml:"attach"`
-	HealthInterval *string           `toml:"health_interval"`
-	HealthDeadline *string           `toml:"health_deadline"`
-	HealthMisses   *int64            `toml:"health_misses"`
-	StartTimeout   *string           `toml:"start_timeout"`
-	StopTimeout    *string           `toml:"stop_timeout"`
+	Command          *string           `toml:"command"`
+	Args             []string          `toml:"args"`
+	User             *string           `toml:"user"`
+	Group            *string           `toml:"group"`
+	Groups           []string          `toml:"groups"`
+	Capabilities     []string          `toml:"capabilities"`
+	DataDir          *string           `toml:"data_dir"`
+	WorkerUser       *string           `toml:"worker_user"`
+	SHA256           *string           `toml:"sha256"`
+	Env              map[string]string `toml:"env"`
+	NoFile           *int64            `toml:"nofile"`
+	Attach           *string           `toml:"attach"`
+	HealthInterval   *string           `toml:"health_interval"`
+	HealthDeadline   *string           `toml:"health_deadline"`
+	HealthMisses     *int64            `toml:"health_misses"`
+	StartTimeout     *string           `toml:"start_timeout"`
+	StopTimeout      *string           `toml:"stop_timeout"`
+	RestartDelayMax  *string           `toml:"restart_delay_max"`
+	QuarantineDeaths *int64            `toml:"quarantine_deaths"`
 }
 
 // Problem is one thing wrong with a configuration.
@@ -178,8 +182,10 @@ func unknownRemedy(key []string) string {
 		return "keys of a plugin: " + strings.Join(keysOf(filePlugin{}), ", ")
 	case len(key) >= 2 && key[0] == "core":
 		return "keys of core: " + strings.Join(keysOf(fileCore{}), ", ")
+	case len(key) >= 2 && key[0] == "jail":
+		return "keys of jail: " + strings.Join(keysOf(fileJail{}), ", ")
 	}
-	return "tables are core and plugin.<kind>"
+	return "tables are core, jail and plugin.<kind>"
 }
 
 func isKind(s string) bool {

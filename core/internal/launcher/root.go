@@ -47,7 +47,7 @@ type RootOptions struct {
 // without the core nothing answers.
 const (
 	coreFirstDelay   = 250 * time.Millisecond
-	coreLongestDelay = 30 * time.Second
+	coreLongestDelay = 30 * time.Second // unless configured
 	coreHealthyAfter = 60 * time.Second
 	pluginGrace      = 2 * time.Second // between the end of the core and SIGKILL for its plugins
 	stopMargin       = 5 * time.Second // on top of twice core.stop_timeout (API, then plugins), before the core is killed
@@ -138,7 +138,10 @@ func (r *root) prepare() error {
 
 // loop keeps a core running until a signal asks for the end.
 func (r *root) loop(sigs <-chan os.Signal) error {
-	delay := time.Duration(0)
+	delay, most := time.Duration(0), r.o.Config.Core.RestartDelayMax
+	if most == 0 {
+		most = coreLongestDelay
+	}
 	for {
 		begun := time.Now()
 		exit, stopped, err := r.serveCore(sigs)
@@ -171,7 +174,7 @@ func (r *root) loop(sigs <-chan os.Signal) error {
 			return nil
 		case <-time.After(delay):
 		}
-		delay = min(max(2*delay, coreFirstDelay), coreLongestDelay)
+		delay = min(max(2*delay, coreFirstDelay), most)
 	}
 }
 

@@ -159,7 +159,7 @@ func (u *unit) down() error {
 		e.Reason, e.Message, e.Remedy = "STOPPING", "mvirtd is stopping", "try again when mvirtd is back"
 	case u.state == StateQuarantined:
 		e.Reason = "PLUGIN_QUARANTINED"
-		e.Message = fmt.Sprintf("it died %d times within %s and is only tried again in %s%s", quarantineDeaths, quarantineWindow,
+		e.Message = fmt.Sprintf("it died %d times within %s and is only tried again in %s%s", u.QuarantineDeaths, quarantineWindow,
 			max(0, time.Until(u.nextTry)).Round(time.Second), why)
 		e.Remedy = joinRemedies(errs.RemedyOf(u.failure), u.restartRemedy())
 	case u.state == StateWaiting && !u.nextTry.IsZero():

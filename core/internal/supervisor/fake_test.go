@@ -14,6 +14,9 @@ import (
 	"github.com/mvirt/mvirt/sdk/service"
 )
 
+// quarantineDeaths is the default of the configuration.
+const quarantineDeaths = 5
+
 // fakePlugins launches fake instances and lets a test decide what happens to them.
 type fakePlugins struct {
 	mu       sync.Mutex
@@ -158,7 +161,7 @@ func harness(t *testing.T, f *fakePlugins) (*Supervisor, *health.Tracker) {
 	s := New(Options{Health: tr, CallWait: 3 * time.Second, CallTimeout: time.Minute, Jitter: func() float64 { return 0.5 },
 		Notice: func(n Notice) { t.Logf("%s %s", time.Now().Format("05.000"), n.Text) },
 		Units: []Unit{{Kind: service.KindLog, Command: "/bin/fake", Launch: f.launch, HealthInterval: 5 * time.Second, HealthDeadline: 2 * time.Second,
-			HealthMisses: 3, StartTimeout: 10 * time.Second, StopTimeout: 10 * time.Second}}})
+			HealthMisses: 3, QuarantineDeaths: quarantineDeaths, StartTimeout: 10 * time.Second, StopTimeout: 10 * time.Second}}})
 	s.Start()
 	t.Cleanup(func() { s.Stop(context.Background()) })
 	return s, tr

@@ -7,9 +7,8 @@ import "time"
 // are slower than VMs' users would like.
 const (
 	firstDelay       = 250 * time.Millisecond // before the second restart in a row
-	longestDelay     = 30 * time.Second
-	healthyAfter     = 60 * time.Second // this long up, and the next restart is immediate again
-	quarantineDeaths = 5
+	longestDelay     = 30 * time.Second       // unless configured
+	healthyAfter     = 60 * time.Second       // this long up, and the next restart is immediate again
 	quarantineWindow = 2 * time.Minute
 	quarantineRetry  = 5 * time.Minute // a host that was overloaded, or a disk that was full, is found better without a person
 )
@@ -19,6 +18,8 @@ type restartPolicy struct {
 	inARow int         // deaths since it was last healthy for long
 	deaths []time.Time // within the window
 	jitter func() float64
+	most   time.Duration // longest delay; 0: longestDelay
+	enough int           // deaths within the window that lead to quarantine; 0: none do
 
 	probation bool // in quarantine, or tried once from there: the next death is enough
 }
@@ -36,9 +37,13 @@ func (p *restartPolicy) died(now time.Time, up time.Duration) (delay time.Durati
 		}
 	}
 	p.deaths = append(keep, now)
-	if p.probation || len(p.deaths) >= quarantineDeaths {
+	if p.enough > 0 && (p.probation || len(p.deaths) >= p.enough) {
 		p.probation = true
 		return quarantineRetry, true
+	}
+	most := p.most
+	if most == 0 {
+		most = longestDelay
 	}
 	if p.inARow > 0 {
 		delay = longestDelay
@@ -49,7 +54,7 @@ func (p *restartPolicy) died(now time.Time, up time.Duration) (delay time.Durati
 		delay = time.Duration(float64(delay) * (0.8 + 0.4*p.jitter()))
 	}
 	p.inARow++
-	return min(delay, longestDelay), false
+	return min(delay, most), false
 }
 
 // forgive forgets all deaths.

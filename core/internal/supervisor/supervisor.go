@@ -51,10 +51,14 @@ type Unit struct {
 	HealthInterval time.Duration
 	HealthDeadline time.Duration
 	HealthMisses   int
-	StartTimeout   time.Duration
-	StopTimeout    time.Duration
-	Want           Privileges // what the configuration grants
-	Enforced       bool       // the launcher sets Want; otherwise the plugin runs as the current user
+	// RestartDelayMax and QuarantineDeaths are those of config.Plugin. Zero delay: the default, 30 s; zero
+	// deaths: no quarantine.
+	RestartDelayMax  time.Duration
+	QuarantineDeaths int
+	StartTimeout     time.Duration
+	StopTimeout      time.Duration
+	Want             Privileges // what the configuration grants
+	Enforced         bool       // the launcher sets Want; otherwise the plugin runs as the current user
 }
 
 // Launch starts the plugin's process, or attaches to it, and returns when it has said who it is. ctx bounds

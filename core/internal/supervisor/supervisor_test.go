@@ -16,7 +16,7 @@ import (
 var bg = context.Background()
 
 func TestPolicy(t *testing.T) {
-	p := restartPolicy{jitter: func() float64 { return 0.5 }}
+	p := restartPolicy{enough: quarantineDeaths, jitter: func() float64 { return 0.5 }}
 	now := time.Unix(0, 0)
 	var got []time.Duration
 	for range 4 {
@@ -44,7 +44,7 @@ func TestPolicy(t *testing.T) {
 }
 
 func TestPolicySpreadDeathsGrowToTheLongestDelay(t *testing.T) {
-	p := restartPolicy{jitter: func() float64 { return 0.999 }}
+	p := restartPolicy{enough: quarantineDeaths, jitter: func() float64 { return 0.999 }}
 	now := time.Unix(0, 0)
 	var d time.Duration
 	for range 20 {
@@ -64,7 +64,7 @@ func TestPolicySpreadDeathsGrowToTheLongestDelay(t *testing.T) {
 
 func TestPolicyJitter(t *testing.T) {
 	for j, want := range map[float64]time.Duration{0: 200 * time.Millisecond, 1: 300 * time.Millisecond} {
-		p := restartPolicy{jitter: func() float64 { return j }}
+		p := restartPolicy{enough: quarantineDeaths, jitter: func() float64 { return j }}
 		p.died(time.Unix(1, 0), 0)
 		if d, _ := p.died(time.Unix(2, 0), 0); d != want {
 			t.Errorf("jitter %v: %s, want %s", j, d, want)
@@ -355,7 +355,7 @@ func TestOnUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := &fakePlugins{}
 		s := New(Options{CallWait: time.Second, CallTimeout: time.Minute, Notice: func(Notice) {}, Health: newTracker(),
-			Units: []Unit{{Kind: service.KindLog, Launch: f.launch, HealthInterval: 5 * time.Second, HealthDeadline: time.Second, HealthMisses: 3,
+			Units: []Unit{{Kind: service.KindLog, Launch: f.launch, HealthInterval: 5 * time.Second, HealthDeadline: time.Second, HealthMisses: 3, QuarantineDeaths: quarantineDeaths,
 				StartTimeout: time.Second, StopTimeout: time.Second}}})
 		var ups, downs int
 		s.OnUp(service.KindLog, func(ctx context.Context) {
@@ -388,7 +388,7 @@ func TestSlowHook(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := &fakePlugins{}
 		s := New(Options{CallWait: time.Second, CallTimeout: time.Minute, Notice: func(Notice) {}, Health: newTracker(),
-			Units: []Unit{{Kind: service.KindLog, Launch: f.launch, HealthInterval: 5 * time.Second, HealthDeadline: time.Second, HealthMisses: 3,
+			Units: []Unit{{Kind: service.KindLog, Launch: f.launch, HealthInterval: 5 * time.Second, HealthDeadline: time.Second, HealthMisses: 3, QuarantineDeaths: quarantineDeaths,
 				StartTimeout: time.Second, StopTimeout: time.Second}}})
 		var mu sync.Mutex
 		running, most, runs := 0, 0, 0

@@ -79,7 +79,7 @@ func newUnit(u Unit, opt *Options) *unit {
 	if jitter == nil {
 		jitter = rand.Float64
 	}
-	return &unit{Unit: u, opt: opt, policy: restartPolicy{jitter: jitter}, ask: make(chan chan error, 1),
+	return &unit{Unit: u, opt: opt, policy: restartPolicy{jitter: jitter, most: u.RestartDelayMax, enough: u.QuarantineDeaths}, ask: make(chan chan error, 1),
 		state: StateStarting, changed: make(chan struct{})}
 }
 
@@ -278,7 +278,7 @@ func (u *unit) pause(ctx context.Context) (asked chan error) {
 	// The condition comes before the state, whose change wakes those who wait and may ask for it.
 	c := service.Condition{Code: "PLUGIN_DOWN", Severity: service.SeverityCritical, Text: failure.Error(), Remedy: errs.RemedyOf(failure)}
 	if quarantine {
-		c.Text = fmt.Sprintf("%d deaths within %s, now one attempt every %s; the last: %s", quarantineDeaths, quarantineWindow, quarantineRetry, failure)
+		c.Text = fmt.Sprintf("%d deaths within %s, now one attempt every %s; the last: %s", u.QuarantineDeaths, quarantineWindow, quarantineRetry, failure)
 		c.Remedy = joinRemedies(errs.RemedyOf(failure), u.restartRemedy())
 	}
 	if quarantine || delay > 0 {
@@ -301,7 +301,7 @@ func (u *unit) pause(ctx context.Context) (asked chan error) {
 	u.mu.Unlock()
 
 	if quarantine {
-		u.notice(true, failure, "quarantined after %d deaths within %s", quarantineDeaths, quarantineWindow)
+		u.notice(true, failure, "quarantined after %d deaths within %s", u.QuarantineDeaths, quarantineWindow)
 	} else if delay > 0 {
 		u.notice(true, failure, "next attempt in %s", delay.Round(time.Millisecond))
 	}

@@ -52,6 +52,7 @@ func ForConfig(cfg *config.Config, w Wiring) *Supervisor {
 		opt.Units = append(opt.Units, Unit{
 			Kind: k, Command: p.Command, Attach: p.Attach, Launch: (&plugin{kind: k, cfg: p, w: w}).launch,
 			HealthInterval: p.HealthInterval, HealthDeadline: p.HealthDeadline, HealthMisses: p.HealthMisses,
+			RestartDelayMax: p.RestartDelayMax, QuarantineDeaths: p.QuarantineDeaths,
 			StartTimeout: p.StartTimeout, StopTimeout: p.StopTimeout, Enforced: g.Enforced,
 			Want: Privileges{UID: g.UID, GID: g.GID, Groups: slices.Clone(g.Groups), Capabilities: g.Capabilities, Bounding: g.Capabilities, NoNewPrivs: g.NoNewPrivs},
 		})
