@@ -12,7 +12,7 @@ import (
 
 // Attach lets the owner's uid open the volume.
 func (s *Service) Attach(ctx context.Context, req storage.AttachRequest) (storage.Attachment, error) {
-	st, err := s.db(ctx)
+	st, err := s.attacher(ctx, req.ReadOnly)
 	if err != nil {
 		return storage.Attachment{}, err
 	}
@@ -81,6 +81,10 @@ func (s *Service) Attach(ctx context.Context, req storage.AttachRequest) (storag
 
 // save keeps a volume's record, and what the place itself remembers of it.
 func (s *Service) save(ctx context.Context, st *store.Store, o Object) error {
+	if st.InMemory() {
+		st.Note(o)
+		return nil
+	}
 	if err := st.Apply(store.Change{Put: []Object{o}}); err != nil {
 		return err
 	}
@@ -97,7 +101,7 @@ func (s *Service) revoke(ctx context.Context, o Object, uid uint32) error {
 
 // Detach takes the access away.
 func (s *Service) Detach(ctx context.Context, req storage.DetachRequest) error {
-	st, err := s.db(ctx)
+	st, err := s.detacher(ctx, req)
 	if err != nil {
 		return err
 	}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"os"
 	"time"
 
@@ -59,38 +58,58 @@ func (s *Service) StartImport(ctx context.Context, req storage.ImportRequest) (s
 	}
 	file := req.File
 	req.File = nil
+	rec := store.Import{Request: req, Import: storage.Import{ID: req.ID, Name: req.Name, Source: source(req), State: storage.ImportQueued,
+		StartedAt: s.opts.Clock().UTC()}}
+	j, old, err := s.admit(st, rec)
+	if err != nil || j == nil {
+		return old, err
+	}
+	// The job has its name and id now; nothing is held while the disk writes.
+	if file != nil {
+		if j.file, err = duplicate(file); err != nil {
+			err = errs.Wrap(errs.Exhausted, err, "cannot keep the file open")
+		}
+	}
+	if err == nil {
+		err = st.Apply(store.Change{PutImport: &rec})
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err != nil {
+		if j.file != nil {
+			j.file.Close()
+		}
+		s.dismissLocked(j)
+		return storage.Import{}, err
+	}
+	s.queue = append(s.queue, j)
+	s.startLocked()
+	return j.now, nil
+}
+
+// admit makes a job that is not queued yet, or answers a repeated request with the import that there is.
+func (s *Service) admit(st *store.Store, rec store.Import) (*job, storage.Import, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
-		return storage.Import{}, errs.New(errs.Unavailable, "the storage plugin stops").Do("try again in a moment")
+		return nil, storage.Import{}, errs.New(errs.Unavailable, "the storage plugin stops").Do("try again in a moment")
 	}
-	if old, ok := st.Import(req.ID); ok {
-		if request("import", old.Request) != request("import", req) {
-			return storage.Import{}, errs.New(errs.Exists, "the id belongs to another import").Because("ID_TAKEN").Do("choose a new id")
+	if old, ok := st.Import(rec.ID); ok {
+		if request("import", old.Request) != request("import", rec.Request) {
+			return nil, storage.Import{}, errs.New(errs.Exists, "the id belongs to another import").Because("ID_TAKEN").Do("choose a new id")
 		}
-		return s.importLocked(old), nil
+		return nil, s.importLocked(old), nil
 	}
-	if o, ok := st.Any(req.ID); ok {
-		return storage.Import{}, errs.New(errs.Exists, "the id belongs to another %s", o.Kind).With(resource(o)).Because("ID_TAKEN").Do("choose a new id")
+	if s.jobs[rec.ID] != nil {
+		return nil, storage.Import{}, errs.New(errs.Conflict, "the same import is being started by another request").Do("wait for it")
 	}
-	if err := s.nameFreeLocked(st, req.Name); err != nil {
-		return storage.Import{}, err
+	if o, ok := st.Any(rec.ID); ok {
+		return nil, storage.Import{}, errs.New(errs.Exists, "the id belongs to another %s", o.Kind).With(resource(o)).Because("ID_TAKEN").Do("choose a new id")
 	}
-	rec := store.Import{Request: req, Import: storage.Import{ID: req.ID, Name: req.Name, Source: source(req), State: storage.ImportQueued,
-		StartedAt: s.opts.Clock().UTC()}}
-	var own *os.File
-	if file != nil {
-		if own, err = duplicate(file); err != nil {
-			return storage.Import{}, errs.Wrap(errs.Exhausted, err, "cannot keep the file open")
-		}
+	if err := s.nameFreeLocked(st, rec.Name); err != nil {
+		return nil, storage.Import{}, err
 	}
-	if err := st.Apply(store.Change{PutImport: &rec}); err != nil {
-		if own != nil {
-			own.Close()
-		}
-		return storage.Import{}, err
-	}
-	return s.enqueueLocked(rec, own).now, nil
+	return s.jobLocked(rec), storage.Import{}, nil
 }
 
 func checkImport(req storage.ImportRequest) error {
@@ -156,15 +175,22 @@ func (s *Service) nameFreeLocked(st *store.Store, name string) error {
 		With(errs.Resource{Type: KindTemplate, ID: by, Name: name}).Because("NAME_TAKEN").Do("choose another name")
 }
 
-// enqueueLocked takes a job whose record is durable.
-func (s *Service) enqueueLocked(rec store.Import, file *os.File) *job {
-	j := &job{id: rec.ID, file: file, now: rec.Import, done: make(chan struct{}), changed: make(chan struct{})}
+// jobLocked makes a job and takes the name of its template.
+func (s *Service) jobLocked(rec store.Import) *job {
+	j := &job{id: rec.ID, now: rec.Import, done: make(chan struct{}), changed: make(chan struct{})}
 	j.ctx, j.cancel = context.WithCancelCause(s.ctx)
 	s.jobs[j.id] = j
 	s.reserved[KindTemplate+"//"+rec.Name] = rec.ID
-	s.queue = append(s.queue, j)
-	s.startLocked()
 	return j
+}
+
+// dismissLocked is the end of a job: watchers look into the database from now on.
+func (s *Service) dismissLocked(j *job) {
+	delete(s.reserved, KindTemplate+"//"+j.now.Name)
+	delete(s.jobs, j.id)
+	close(j.changed)
+	close(j.done)
+	j.cancel(nil)
 }
 
 // startLocked starts what may run.
@@ -202,20 +228,18 @@ func (s *Service) run(j *job) {
 	if j.file != nil {
 		j.file.Close()
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	if err != nil && !stopped {
+		s.mu.Lock()
 		j.setLocked(func(i *storage.Import) { s.endImport(i, err) })
 		rec.Import, rec.Commit, rec.Fetch = j.now, nil, nil
+		s.mu.Unlock()
 		if aerr := st.Apply(store.Change{PutImport: &rec}); aerr != nil {
 			s.log.Error("cannot record the end of an import", "import", j.id, "error", aerr)
 		}
 	}
-	delete(s.reserved, KindTemplate+"//"+rec.Name)
-	delete(s.jobs, j.id)
-	close(j.changed) // watchers look into the database from now on
-	close(j.done)
-	j.cancel(nil)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.dismissLocked(j)
 	s.running--
 	s.startLocked()
 }
@@ -412,188 +436,4 @@ func (s *Service) importLocked(rec store.Import) storage.Import {
 		return j.now
 	}
 	return rec.Import
-}
-
-// findImport resolves an id or a name, where the newest of that name counts.
-func findImport(st *store.Store, ref string) (store.Import, error) {
-	if ident.CheckID("ref", ref) == nil {
-		if i, ok := st.Import(ref); ok {
-			return i, nil
-		}
-	} else {
-		all := st.Imports()
-		for k := len(all) - 1; k >= 0; k-- {
-			if all[k].Name == ref {
-				return all[k], nil
-			}
-		}
-	}
-	return store.Import{}, errs.New(errs.NotFound, "no import %s", ident.Quote(ref)).With(errs.Resource{Type: "import", Name: ref}).
-		Do("list the imports; those that ended long ago are forgotten")
-}
-
-// WatchImport calls fn at each change until the import has ended.
-func (s *Service) WatchImport(ctx context.Context, req storage.Ref, fn func(storage.Import) error) error {
-	st, err := s.db(ctx)
-	if err != nil {
-		return err
-	}
-	rec, err := findImport(st, req.Ref)
-	if err != nil {
-		return err
-	}
-	pause := time.NewTimer(0)
-	defer pause.Stop()
-	for {
-		s.mu.Lock()
-		j := s.jobs[rec.ID]
-		var now storage.Import
-		var changed chan struct{}
-		if j != nil {
-			now, changed = j.now, j.changed
-		} else if r, ok := st.Import(rec.ID); ok {
-			now = r.Import
-		}
-		closed := s.closed && j == nil
-		s.mu.Unlock()
-		// A final state is told only once everything of the job is settled.
-		if !now.State.Final() || j == nil {
-			if err := fn(now); err != nil {
-				return err
-			}
-		}
-		switch {
-		case j == nil && now.State.Final():
-			return nil
-		case closed:
-			return errs.New(errs.Unavailable, "the storage plugin stops; the import goes on when it is back").Do("watch the import again")
-		case j == nil:
-			return errs.New(errs.Internal, "the import is neither running nor ended")
-		}
-		pause.Reset(watchInterval)
-		select {
-		case <-pause.C:
-		case <-j.done:
-			continue
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-		select {
-		case <-changed:
-		case <-j.done:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-}
-
-// ListImports lists running and ended ones, oldest first.
-func (s *Service) ListImports(ctx context.Context) ([]storage.Import, error) {
-	st, err := s.db(ctx)
-	if err != nil {
-		return nil, err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	var out []storage.Import
-	for _, rec := range st.Imports() {
-		out = append(out, s.importLocked(rec))
-	}
-	return out, nil
-}
-
-// CancelImport stops an import and waits until nothing of it is left.
-func (s *Service) CancelImport(ctx context.Context, req storage.Ref) error {
-	st, err := s.db(ctx)
-	if err != nil {
-		return err
-	}
-	rec, err := findImport(st, req.Ref)
-	if err != nil {
-		return err
-	}
-	s.mu.Lock()
-	j := s.jobs[rec.ID]
-	if j != nil && !s.closed {
-		j.cancel(errCanceled)
-		// One that waits for its turn has it now: it ends at once.
-		for i, q := range s.queue {
-			if q == j {
-				s.queue = append(s.queue[:i:i], s.queue[i+1:]...)
-				s.running++
-				s.work.Go(func() { s.run(j) })
-				break
-			}
-		}
-	}
-	s.mu.Unlock()
-	if j == nil {
-		return nil
-	}
-	select {
-	case <-j.done:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-// recoverImports fails those that cannot go on; it runs before anything else may look at them.
-func (s *Service) recoverImports(ctx context.Context, st *store.Store) error {
-	for _, rec := range st.Imports() {
-		if rec.State.Final() || rec.Request.URL != "" || rec.Commit != nil {
-			continue
-		}
-		if err := s.backend.Undo(ctx, templateOf(rec)); err != nil {
-			return fmt.Errorf("remove what an interrupted import left: %w", err)
-		}
-		s.endImport(&rec.Import, errRestarted())
-		if err := st.Apply(store.Change{PutImport: &rec}); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// resumeImports puts the others back to work.
-func (s *Service) resumeImports() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	st := s.store.Load()
-	for _, rec := range st.Imports() {
-		if !rec.State.Final() && s.jobs[rec.ID] == nil {
-			s.log.Info("an interrupted import goes on", "import", rec.ID, "name", rec.Name)
-			s.enqueueLocked(rec, nil)
-		}
-	}
-}
-
-// pruneImports forgets ended imports.
-func (s *Service) pruneImports() {
-	st, err := s.db(s.ctx)
-	if err != nil {
-		return
-	}
-	var old []string
-	all := st.Imports()
-	now := s.opts.Clock()
-	for i, rec := range all {
-		if rec.State.Final() && (now.Sub(rec.EndedAt) > keepImports || len(all)-i > keepMostImports && now.Sub(rec.EndedAt) > time.Hour) {
-			old = append(old, rec.ID)
-		}
-	}
-	if len(old) > 0 {
-		if err := st.Apply(store.Change{DeleteImport: old}); err != nil {
-			s.log.Warn("cannot forget ended imports", "error", err)
-		}
-	}
-}
-
-// workerCondition tells when images cannot be converted here.
-func (s *Service) workerCondition() (service.Condition, bool) {
-	_, err := worker.LookupIdentity(s.opts.WorkerUser)
-	if err == nil {
-		return service.Condition{}, false
-	}
-	return service.Condition{Code: "WORKER_USER_MISSING", Severity: service.SeverityWarning, Text: err.Error(), Remedy: errs.RemedyOf(err)}, true
 }

@@ -70,6 +70,7 @@ type Service struct {
 	work   sync.WaitGroup
 
 	store   atomic.Pointer[store.Store] // nil until the place is ready
+	view    atomic.Pointer[store.Store] // what can be seen of a place that is not ready, or nil
 	started chan struct{}               // closed when the place was looked at for the first time
 
 	mu         sync.Mutex
@@ -160,6 +161,7 @@ func (s *Service) becomeReady(ctx context.Context) (fatal bool, err error) {
 	defer func() { s.setUnready(err) }()
 	path, err := s.backend.Ready(ctx)
 	if err != nil {
+		s.see(ctx, err)
 		return false, err
 	}
 	st, err := s.openStore(ctx, path)
@@ -171,6 +173,7 @@ func (s *Service) becomeReady(ctx context.Context) (fatal bool, err error) {
 		return false, err
 	}
 	s.store.Store(st)
+	s.view.Store(nil)
 	s.look(ctx)
 	s.resumeImports()
 	return false, nil
@@ -184,7 +187,11 @@ func (s *Service) setUnready(err error) {
 		delete(s.conditions, "STORAGE_NOT_READY")
 		return
 	}
-	s.raiseLocked(service.Condition{Code: "STORAGE_NOT_READY", Severity: service.SeverityCritical, Text: err.Error(), Remedy: errs.RemedyOf(err)})
+	text := err.Error()
+	if s.view.Load() != nil {
+		text += "; what it holds can be listed and attached read-only, and nothing can be changed"
+	}
+	s.raiseLocked(service.Condition{Code: "STORAGE_NOT_READY", Severity: service.SeverityCritical, Text: text, Remedy: errs.RemedyOf(err)})
 }
 
 // raiseLocked adds a condition, or keeps the time since when it holds.
@@ -230,10 +237,11 @@ func (s *Service) openStore(ctx context.Context, path string) (*store.Store, err
 	return st, nil
 }
 
-// db is the store, or why there is none. While the place is looked at for the first time it waits.
+// db is the store for a change, or why there can be none. While the place is looked at for the first time it
+// waits.
 func (s *Service) db(ctx context.Context) (*store.Store, error) {
 	if st := s.store.Load(); st != nil {
-		return st, nil
+		return st, s.answers(ctx)
 	}
 	patience := time.NewTimer(callPatience)
 	defer patience.Stop()
@@ -252,8 +260,7 @@ func (s *Service) db(ctx context.Context) (*store.Store, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.unready != nil {
-		return nil, &errs.Error{Kind: errs.Unavailable, Reason: "STORAGE_NOT_READY", Message: "the place for volumes is not ready",
-			Err: s.unready, Remedy: errs.RemedyOf(s.unready)}
+		return nil, s.notReady(s.unready)
 	}
 	return nil, errs.New(errs.Unavailable, "the storage service has ended").Do("try again in a moment")
 }
@@ -338,7 +345,13 @@ func (s *Service) Shutdown(ctx context.Context) error {
 		}
 		s.fetcher.Close()
 		if st := s.store.Swap(nil); st != nil {
-			err = st.Close()
+			closed := make(chan error, 1)
+			go func() { closed <- st.Close() }()
+			select {
+			case err = <-closed:
+			case <-ctx.Done(): // the disk does not answer
+				err = ctx.Err()
+			}
 		}
 	})
 	return err

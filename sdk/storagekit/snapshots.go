@@ -86,7 +86,7 @@ func (s *Service) snapshots(ctx context.Context, st *store.Store, objects []Obje
 
 // ListSnapshots lists those of one volume, or all.
 func (s *Service) ListSnapshots(ctx context.Context, req storage.ListSnapshotsRequest) ([]storage.Snapshot, error) {
-	st, err := s.db(ctx)
+	st, err := s.reader(ctx)
 	if err != nil {
 		return nil, err
 	}

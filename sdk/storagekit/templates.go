@@ -88,7 +88,7 @@ func (s *Service) templates(ctx context.Context, objects []Object) ([]storage.Te
 
 // GetTemplate finds one.
 func (s *Service) GetTemplate(ctx context.Context, req storage.Ref) (storage.Template, error) {
-	st, err := s.db(ctx)
+	st, err := s.reader(ctx)
 	if err != nil {
 		return storage.Template{}, err
 	}
@@ -98,7 +98,7 @@ func (s *Service) GetTemplate(ctx context.Context, req storage.Ref) (storage.Tem
 
 // ListTemplates lists all by name.
 func (s *Service) ListTemplates(ctx context.Context) ([]storage.Template, error) {
-	st, err := s.db(ctx)
+	st, err := s.reader(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -145,7 +145,7 @@ func (s *Service) after(st *store.Store, volumeID string) time.Time {
 
 // Stats says how full the place is.
 func (s *Service) Stats(ctx context.Context) (storage.Stats, error) {
-	st, err := s.db(ctx)
+	st, err := s.reader(ctx)
 	if err != nil {
 		return storage.Stats{}, err
 	}

@@ -221,7 +221,7 @@ func judge(o Object, facts map[string]Facts, ferr error) (size uint64, state sto
 
 // GetVolume finds one.
 func (s *Service) GetVolume(ctx context.Context, req storage.Ref) (storage.Volume, error) {
-	st, err := s.db(ctx)
+	st, err := s.reader(ctx)
 	if err != nil {
 		return storage.Volume{}, err
 	}
@@ -231,7 +231,7 @@ func (s *Service) GetVolume(ctx context.Context, req storage.Ref) (storage.Volum
 
 // ListVolumes lists all by name.
 func (s *Service) ListVolumes(ctx context.Context) ([]storage.Volume, error) {
-	st, err := s.db(ctx)
+	st, err := s.reader(ctx)
 	if err != nil {
 		return nil, err
 	}

@@ -112,6 +112,7 @@ func (c *converter) compressed(ctx context.Context, kind Kind) (int64, error) {
 		return 0, c.unpackError(kind, err)
 	}
 	defer free()
+	r = &sticky{r: r}
 	head := make([]byte, 64<<10)
 	n, err := io.ReadFull(r, head)
 	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
@@ -197,7 +198,7 @@ func (c *converter) drain(ctx context.Context, r io.Reader, dst Target, kind Kin
 			}
 			size += int64(n)
 			if err != nil {
-				return nil
+				return c.wholeXz(kind)
 			}
 		}
 	})
@@ -215,6 +216,25 @@ func (c *converter) drain(ctx context.Context, r io.Reader, dst Target, kind Kin
 		})
 	}
 	return size, g.Wait()
+}
+
+// wholeXz is asked at the end of a stream: see xzEnds.
+func (c *converter) wholeXz(kind Kind) error {
+	if kind != Xz {
+		return nil
+	}
+	size, err := c.src.Size()
+	if err != nil {
+		return err
+	}
+	whole, err := xzEnds(c.src, size)
+	if err == nil && !whole {
+		err = io.ErrUnexpectedEOF
+	}
+	if err != nil {
+		return c.unpackError(kind, err)
+	}
+	return nil
 }
 
 // unpackError says what a decompressor's error means to who asked. Errors of the source itself pass.

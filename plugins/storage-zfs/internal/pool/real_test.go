@@ -60,8 +60,8 @@ func command(t testing.TB, args ...string) string {
 	return strings.TrimSpace(string(out))
 }
 
-// realPool makes a pool on a sparse file.
-func realPool(t testing.TB, size int64, options ...string) string {
+// needZFS skips where there is none.
+func needZFS(t testing.TB) {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root and OpenZFS")
@@ -69,16 +69,32 @@ func realPool(t testing.TB, size int64, options ...string) string {
 	if out, err := exec.Command("zpool", "list").CombinedOutput(); err != nil {
 		t.Skipf("OpenZFS is not usable here (the lab has it): %v %s", err, out)
 	}
+}
+
+// realPool makes a pool on a sparse file.
+func realPool(t testing.TB, size int64, options ...string) string {
+	t.Helper()
+	needZFS(t)
+	return poolIn(t, t.TempDir(), size, []string{"disk"}, options...)
+}
+
+// poolIn makes a pool on sparse files in dir; words like "mirror" may stand between their names.
+func poolIn(t testing.TB, dir string, size int64, layout []string, options ...string) string {
+	t.Helper()
 	name := fmt.Sprintf("mvt%d", rand.N(1000000))
-	dir := t.TempDir()
-	disk := filepath.Join(dir, "disk")
-	if err := os.WriteFile(disk, nil, 0o600); err != nil {
-		t.Fatal(err)
+	args := append([]string{"zpool", "create", "-m", filepath.Join(dir, "mnt")}, options...)
+	args = append(args, name)
+	for _, l := range layout {
+		if l == "mirror" {
+			args = append(args, l)
+			continue
+		}
+		disk := filepath.Join(dir, l)
+		must(0, os.WriteFile(disk, nil, 0o600))(t)
+		must(0, os.Truncate(disk, size))(t)
+		args = append(args, disk)
 	}
-	if err := os.Truncate(disk, size); err != nil {
-		t.Fatal(err)
-	}
-	command(t, append(append([]string{"zpool", "create", "-m", filepath.Join(dir, "mnt")}, options...), name, disk)...)
+	command(t, args...)
 	t.Cleanup(func() {
 		for range 50 {
 			if exec.Command("zpool", "destroy", "-f", name).Run() == nil {
@@ -416,83 +432,6 @@ func TestRealImport(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	same(t, datasets(t, pool), before...)
-}
-
-func TestRealPoolStates(t *testing.T) {
-	pool := realPool(t, 4<<30, "-O", "compression=off")
-	o := kitOptions()
-	o.Retry = 50 * time.Millisecond
-	s := open(t, pool, o)
-	ctx := t.Context()
-	volume(t, s, storage.CreateVolumeRequest{Name: "v", SizeBytes: 2 << 30})
-	condition := func(s *storagekit.Service, code string) {
-		t.Helper()
-		for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
-			for _, c := range must(s.Health(ctx))(t).Conditions {
-				if c.Code == code && c.Remedy != "" {
-					return
-				}
-			}
-		}
-		t.Errorf("no condition %s: %+v", code, must(s.Health(ctx))(t))
-	}
-	t.Run("full", func(t *testing.T) {
-		// A reservation makes it nearly full at once: 150 MiB are left. Filling it to the last block would take
-		// minutes, in which OpenZFS makes each write wait for a transaction group.
-		avail, err := strconv.ParseUint(command(t, "zfs", "get", "-H", "-p", "-o", "value", "available", pool), 10, 64)
-		if err != nil {
-			t.Fatal(err)
-		}
-		command(t, "zfs", "create", "-o", "canmount=off", "-o", fmt.Sprintf("reservation=%d", avail-150*mib), pool+"/zz-reserved")
-		defer command(t, "zfs", "destroy", pool+"/zz-reserved")
-		fill := must(os.Create(filepath.Join(t.TempDir(), "big")))(t)
-		defer fill.Close()
-		b := noise(mib)
-		for range 200 {
-			must(fill.Write(b))(t)
-		}
-		_, err = kittest.Import(ctx, s, ident.New(), "big", fill.Name(), "")
-		if err == nil || !strings.Contains(err.Error(), "fit") && !strings.Contains(err.Error(), "space") {
-			t.Errorf("got %v", err)
-		}
-		same(t, datasets(t, pool), "v", "zz-reserved")
-		volume(t, s, storage.CreateVolumeRequest{Name: "w", SizeBytes: mib})
-	})
-	shut(t, s)
-	dir := filepath.Dir(command(t, "sh", "-c", "zpool status -P "+pool+" | awk '/\\/disk/{print $1}'"))
-	command(t, "zpool", "export", pool)
-	s = open(t, pool, o)
-	_, err := s.ListVolumes(ctx)
-	want(t, err, errs.Unavailable, "STORAGE_NOT_READY")
-	condition(s, "STORAGE_NOT_READY")
-	command(t, "zpool", "import", "-d", dir, "-o", "readonly=on", pool)
-	condition(s, "STORAGE_NOT_READY")
-	if err := s.DeleteVolume(ctx, storage.DeleteVolumeRequest{Ref: "v"}); !strings.Contains(fmt.Sprint(err), "read-only") {
-		for end := time.Now().Add(20 * time.Second); time.Now().Before(end) && !strings.Contains(fmt.Sprint(err), "read-only"); time.Sleep(50 * time.Millisecond) {
-			err = s.DeleteVolume(ctx, storage.DeleteVolumeRequest{Ref: "v"})
-		}
-		want(t, err, errs.Unavailable, "read-only")
-	}
-	command(t, "zpool", "export", pool)
-	command(t, "zpool", "import", "-d", dir, pool)
-	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
-		if _, err = s.GetVolume(ctx, storage.Ref{Ref: "v"}); err == nil {
-			break
-		}
-	}
-	if err != nil {
-		t.Fatalf("the pool is back: %v", err)
-	}
-	shut(t, s)
-	// Under another name: the error tells which.
-	command(t, "zpool", "export", pool)
-	command(t, "zpool", "import", "-d", dir, pool, pool+"x")
-	s = open(t, pool, o)
-	_, err = s.ListVolumes(ctx)
-	want(t, err, errs.Unavailable, pool+"x")
-	shut(t, s)
-	command(t, "zpool", "export", pool+"x")
-	command(t, "zpool", "import", "-d", dir, pool+"x", pool)
 }
 
 // TestRealFigures measures against the bare commands, interleaved; absolute times in the lab mean nothing.

@@ -95,9 +95,12 @@ type Import struct {
 	Commit *Object `json:"commit,omitempty"`
 }
 
-// Store is an open metadata.db. Safe for concurrent use.
+// Store is an open metadata.db, or what is known without one (see Memory). Safe for concurrent use.
 type Store struct {
-	db *bolt.DB
+	db     *bolt.DB
+	cause  error         // of a store in memory: why nothing can be changed
+	turn   chan struct{} // held by who writes the file: a disk that hangs must not keep readers waiting
+	waiter time.Duration // how long a writer waits for its turn
 
 	mu      sync.RWMutex
 	objects map[string]Object
@@ -109,6 +112,35 @@ type Store struct {
 func nameKey(kind, volumeID, name string) string { return kind + "\x00" + volumeID + "\x00" + name }
 
 var buckets = [...]string{"meta", "objects", "intents", "imports"}
+
+// turnLimit is how long a change waits for those before it. A transaction takes milliseconds; one that does not
+// end is on a disk that does not answer, and then whoever waits shall learn it.
+const turnLimit = 20 * time.Second
+
+func empty() *Store {
+	return &Store{turn: make(chan struct{}, 1), waiter: turnLimit,
+		objects: map[string]Object{}, names: map[string]string{}, intents: map[string]Intent{}, imports: map[string]Import{}}
+}
+
+// Memory is a store without a file: objects that can be looked at, and cause as the answer to every change.
+func Memory(objects []Object, cause error) *Store {
+	s := empty()
+	s.cause = cause
+	for _, o := range objects {
+		s.putLocked(o)
+	}
+	return s
+}
+
+// InMemory tells whether this is a store of Memory.
+func (s *Store) InMemory() bool { return s.db == nil }
+
+// Note changes an object of a store of Memory, for as long as that lives.
+func (s *Store) Note(o Object) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.putLocked(o)
+}
 
 // Open opens or makes path. A file of another version or a damaged one gives errs.Corrupt or
 // errs.Precondition, and is left as it is.
@@ -125,7 +157,8 @@ func Open(path string) (*Store, error) {
 		return nil, &errs.Error{Kind: errs.Corrupt, Message: fmt.Sprintf("%s is damaged", path), Err: err,
 			Remedy: "restore it from a backup; the volumes' files are untouched"}
 	}
-	s := &Store{db: db, objects: map[string]Object{}, names: map[string]string{}, intents: map[string]Intent{}, imports: map[string]Import{}}
+	s := empty()
+	s.db = db
 	if err := s.load(path); err != nil {
 		db.Close()
 		return nil, err
@@ -190,7 +223,12 @@ func read[T any](tx *bolt.Tx, bucket string, into map[string]T) error {
 }
 
 // Close closes the file.
-func (s *Store) Close() error { return s.db.Close() }
+func (s *Store) Close() error {
+	if s.db == nil {
+		return nil
+	}
+	return s.db.Close()
+}
 
 // Change is what one transaction does. Nil maps and slices do nothing.
 type Change struct {
@@ -204,8 +242,18 @@ type Change struct {
 
 // Apply makes a change durable and visible, all of it or nothing.
 func (s *Store) Apply(c Change) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	if s.db == nil {
+		return s.cause
+	}
+	limit := time.NewTimer(s.waiter)
+	defer limit.Stop()
+	select {
+	case s.turn <- struct{}{}:
+		defer func() { <-s.turn }()
+	case <-limit.C:
+		return errs.New(errs.Unavailable, "the metadata cannot be written: an earlier change still waits for the disk").
+			Because("STORAGE_HANGS").Do("look at the state of the disk or pool; what waits goes on when it answers again")
+	}
 	err := s.db.Update(func(tx *bolt.Tx) error {
 		objects, intents, imports := tx.Bucket([]byte("objects")), tx.Bucket([]byte("intents")), tx.Bucket([]byte("imports"))
 		for _, o := range c.Put {
@@ -243,10 +291,10 @@ func (s *Store) Apply(c Change) error {
 	if err != nil {
 		return fmt.Errorf("write the metadata: %w", err)
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	for _, o := range c.Put {
-		s.forgetLocked(o.ID)
-		s.objects[o.ID] = o.Clone()
-		s.names[nameKey(o.Kind, o.VolumeID, o.Name)] = o.ID
+		s.putLocked(o)
 	}
 	for _, id := range c.Delete {
 		s.forgetLocked(id)
@@ -262,6 +310,12 @@ func (s *Store) Apply(c Change) error {
 		delete(s.imports, id)
 	}
 	return nil
+}
+
+func (s *Store) putLocked(o Object) {
+	s.forgetLocked(o.ID)
+	s.objects[o.ID] = o.Clone()
+	s.names[nameKey(o.Kind, o.VolumeID, o.Name)] = o.ID
 }
 
 func (s *Store) forgetLocked(id string) {
@@ -366,4 +420,9 @@ func (s *Store) Imports() []Import {
 }
 
 // Copy gives fn a transaction that sees one moment of the file, for a backup.
-func (s *Store) Copy(fn func(tx *bolt.Tx) error) error { return s.db.View(fn) }
+func (s *Store) Copy(fn func(tx *bolt.Tx) error) error {
+	if s.db == nil {
+		return s.cause
+	}
+	return s.db.View(fn)
+}
