@@ -114,10 +114,20 @@ func (e Exit) String() string {
 	return fmt.Sprintf("exit status %d", e.Code)
 }
 
+// Keeper does to a process of another user what only somebody else may: mvirtd's root half, for hypervisors in
+// jails.
+type Keeper interface {
+	// Signal sends a signal, or returns ErrGone.
+	Signal(id Identity, sig syscall.Signal) error
+	// Exit is how a process ended that has, if that is known.
+	Exit(id Identity) (ws syscall.WaitStatus, known bool)
+}
+
 // Process is a handle on a process. Its methods may be called concurrently.
 type Process struct {
 	id    Identity
 	child bool
+	keep  Keeper   // nil: it is our own user's
 	fd    *os.File // pidfd, non-blocking
 
 	done chan struct{} // closed when the process has ended
@@ -127,7 +137,10 @@ type Process struct {
 
 // Open gets a handle on a process that may not be our child. It returns ErrGone when the process has ended,
 // when its pid belongs to another process by now, and when the host has booted since.
-func Open(id Identity) (*Process, error) {
+func Open(id Identity) (*Process, error) { return OpenKept(id, nil) }
+
+// OpenKept is Open for a process that k keeps.
+func OpenKept(id Identity, k Keeper) (*Process, error) {
 	boot, err := BootID()
 	if err != nil {
 		return nil, err
@@ -151,11 +164,14 @@ func Open(id Identity) (*Process, error) {
 		unix.Close(fd)
 		return nil, err
 	}
-	return newProcess(id, fd, false), nil
+	return newProcess(id, fd, false, k), nil
 }
 
-// FromPidfd makes a handle of a pidfd that somebody else opened, the launcher for example. It takes fd over.
-func FromPidfd(fd int) (*Process, error) {
+// FromPidfd makes a handle of a pidfd that somebody else opened. It takes fd over.
+func FromPidfd(fd int) (*Process, error) { return FromPidfdKept(fd, nil) }
+
+// FromPidfdKept is FromPidfd for a process that k keeps.
+func FromPidfdKept(fd int, k Keeper) (*Process, error) {
 	pid, err := pidOf(fd)
 	if err == nil {
 		err = unix.SetNonblock(fd, true)
@@ -168,7 +184,7 @@ func FromPidfd(fd int) (*Process, error) {
 		unix.Close(fd)
 		return nil, err
 	}
-	return newProcess(id, fd, false), nil
+	return newProcess(id, fd, false, k), nil
 }
 
 // pidOf reads the "Pid:" line of a pidfd's fdinfo, pidfd_open(2).
@@ -189,8 +205,8 @@ func pidOf(fd int) (int, error) {
 	return 0, errors.New("the descriptor is no pidfd")
 }
 
-func newProcess(id Identity, fd int, child bool) *Process {
-	p := &Process{id: id, child: child, fd: os.NewFile(uintptr(fd), "pidfd"), done: make(chan struct{})}
+func newProcess(id Identity, fd int, child bool, k Keeper) *Process {
+	p := &Process{id: id, child: child, keep: k, fd: os.NewFile(uintptr(fd), "pidfd"), done: make(chan struct{})}
 	go p.watch()
 	return p
 }
@@ -223,6 +239,9 @@ func (p *Process) Wait(ctx context.Context) (Exit, error) {
 
 // Signal sends a signal, or returns ErrGone.
 func (p *Process) Signal(sig syscall.Signal) error {
+	if p.keep != nil {
+		return p.keep.Signal(p.id, sig)
+	}
 	conn, err := p.fd.SyscallConn()
 	if err != nil {
 		return ErrGone
@@ -265,6 +284,15 @@ func (p *Process) watch() {
 			}
 		}
 		if p.err == nil {
+			p.exit = exitOf(ws)
+		}
+		return
+	}
+	if p.keep != nil {
+		// The kernel shows another user's exit status as 0 while it is not reaped: nothing to go by.
+		if ws, ok := p.keep.Exit(p.id); ok {
+			p.exit = exitOf(ws)
+		} else if ws, ok, _ := exitInfo(conn); ok {
 			p.exit = exitOf(ws)
 		}
 		return

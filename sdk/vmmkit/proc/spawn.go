@@ -22,7 +22,7 @@ type Command struct {
 	Cgroup *os.File   // directory of a cgroup v2 to be born in, or nil
 }
 
-// Spawner starts hypervisor processes. The seam is for a launcher that can start them as another user.
+// Spawner starts hypervisor processes that run as our own user; in jails, package jail starts them.
 type Spawner interface {
 	// Spawn starts a process in a session of its own, that does not end with us. The caller keeps c.Files.
 	Spawn(ctx context.Context, c Command) (*Process, error)
@@ -84,5 +84,5 @@ func (Local) Spawn(_ context.Context, c Command) (*Process, error) {
 		unix.Close(pidfd)
 		return nil, err
 	}
-	return newProcess(id, pidfd, true), nil
+	return newProcess(id, pidfd, true, nil), nil
 }
