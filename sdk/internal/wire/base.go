@@ -172,7 +172,6 @@ type (
 	StorageClient = storageClient
 	NetClient     = netClient
 	VMMClient     = vmmClient
-	LogClient     = logClient
 )
 
 // NewClients makes the client for a plugin that described itself as info.
@@ -193,7 +192,7 @@ func NewClients(conn grpc.ClientConnInterface, info service.Info, x *Exchange) C
 		c.VMM = &vmmClient{b, vmmpb.NewVMMClient(conn)}
 		c.Base = c.VMM
 	case service.KindLog:
-		c.Log = &logClient{b, &pipedLog{LogClient: logpb.NewLogClient(conn)}}
+		c.Log = &LogClient{logClient: logClient{b, logpb.NewLogClient(conn)}}
 		c.Base = c.Log
 	}
 	return c

@@ -124,18 +124,6 @@ const (
 	appendBytes  = 32 << 20
 )
 
-// appendSize is about what a request takes in memory.
-func appendSize(m *logpb.AppendRequest) int64 {
-	n := int64(64)
-	for _, e := range m.GetEntries() {
-		n += 300 + int64(len(e.GetMessage()))
-		for k, v := range e.GetLabels() {
-			n += int64(len(k) + len(v))
-		}
-	}
-	return min(n, appendBytes)
-}
-
 func (s *logServer) AppendStream(stream grpc.BidiStreamingServer[logpb.AppendRequest, logpb.AppendResponse]) error {
 	ctx, cancel := context.WithCancel(stream.Context())
 	defer cancel()
@@ -162,8 +150,9 @@ func (s *logServer) AppendStream(stream grpc.BidiStreamingServer[logpb.AppendReq
 	room := semaphore.NewWeighted(appendBytes)
 	var rerr error
 	for {
-		m, err := stream.Recv()
-		if err != nil {
+		// Received as a message without known fields: its bytes are read by decodeEntries.
+		m := &pluginpb.Empty{}
+		if err := stream.RecvMsg(m); err != nil {
 			if !errors.Is(err, io.EOF) {
 				rerr = err
 			}
@@ -178,7 +167,13 @@ func (s *logServer) AppendStream(stream grpc.BidiStreamingServer[logpb.AppendReq
 		if rerr != nil {
 			break
 		}
-		size := appendSize(m)
+		raw := m.ProtoReflect().GetUnknown()
+		entries, err := decodeEntries(raw)
+		if err != nil {
+			a <- err
+			continue
+		}
+		size := min(int64(len(raw)+300*len(entries)), appendBytes) // about what it takes in memory
 		if err := room.Acquire(ctx, size); err != nil {
 			a <- err
 			rerr = err
@@ -186,7 +181,7 @@ func (s *logServer) AppendStream(stream grpc.BidiStreamingServer[logpb.AppendReq
 		}
 		wg.Go(func() {
 			defer room.Release(size)
-			a <- s.impl.Append(ctx, logEntriesFromPB(m.GetEntries()))
+			a <- s.impl.Append(ctx, entries)
 		})
 	}
 	wg.Wait()

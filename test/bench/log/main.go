@@ -31,8 +31,9 @@ func main() {
 	flag.StringVar(&b.plugin, "plugin", "bin/mvirt-log", "the log plugin's program")
 	flag.StringVar(&b.dir, "dir", "", "where data directories are made; the system's temporary directory if empty")
 	flag.IntVar(&b.entries, "entries", 500_000, "entries a round of appends")
-	flag.IntVar(&b.rounds, "rounds", 5, "rounds of appends")
+	flag.IntVar(&b.rounds, "rounds", 5, "rounds of appends; 0 leaves them out")
 	flag.IntVar(&b.big, "big", 2_000_000, "entries for size and queries; figures.md has 5,000,000, which takes longer and a gigabyte; 0 leaves it out")
+	flag.StringVar(&b.keep, "keep", "", "directory in which the large stores stay, to be used again by the next run instead of loading")
 	flag.IntVar(&b.objects, "objects", 60_000, "distinct objects, a sixth of them VMs")
 	flag.Parse()
 	if err := b.run(); err != nil {
@@ -46,6 +47,7 @@ type bench struct {
 	entries, rounds, big int
 	objects              int
 	victoria             string
+	keep                 string
 }
 
 const (
@@ -78,8 +80,10 @@ func (b *bench) run() error {
 	}
 	defer os.RemoveAll(tmp)
 	b.dir = tmp
-	if err := b.appends(); err != nil {
-		return err
+	if b.rounds > 0 {
+		if err := b.appends(); err != nil {
+			return err
+		}
 	}
 	if b.big > 0 {
 		return b.large()
@@ -166,8 +170,10 @@ func (b *bench) appends() error {
 				n += len(c.entries)
 			}
 			c0, _ := usage(t.pid())
+			own0, _ := usage(os.Getpid())
 			d, err := load(t, chunks, senders)
 			c1, rss := usage(t.pid())
+			own1, _ := usage(os.Getpid())
 			if e := t.stop(); err == nil {
 				err = e
 			}
@@ -181,7 +187,8 @@ func (b *bench) appends() error {
 			rates[key] = append(rates[key], rate)
 			cpus[key] = append(cpus[key], float64((c1-c0).Microseconds())/float64(n))
 			peaks[key] = max(peaks[key], rss)
-			fmt.Printf("round %d %-12s %8.0f entries/s, %.2f us CPU of the server an entry, peak %d MiB\n", round+1, key, rate, cpus[key][len(cpus[key])-1], rss>>20)
+			fmt.Printf("round %d %-12s %8.0f entries/s, CPU an entry %.2f us of the server and %.2f of the senders, peak %d MiB\n", round+1, key, rate,
+				cpus[key][len(cpus[key])-1], float64((own1-own0).Microseconds())/float64(n), rss>>20)
 			return nil
 		}
 		ts := b.targets()
@@ -264,107 +271,164 @@ func median(v []float64) float64 {
 
 // large loads many entries and measures size and queries.
 func (b *bench) large() error {
-	size := map[string]float64{}
-	scan := map[string]float64{}
-	p50 := map[string]float64{}
+	got := map[string]*largeResult{}
 	names := []string{"mvirt"}
 	if b.victoria != "" {
 		names = append(names, "victoria")
 	}
 	for _, name := range names {
-		t := b.targets()[name]()
-		dir := filepath.Join(b.dir, "large-"+name)
-		if err := t.start(dir); err != nil {
-			return err
-		}
-		d := newDataset(99, b.objects, time.Now().Add(-time.Duration(b.big)*time.Millisecond))
-		per := 100
-		if name == "victoria" {
-			per = 10_000
-		}
-		for done := 0; done < b.big; done += 250_000 {
-			if _, err := load(t, cut(d, min(250_000, b.big-done), per, name == "victoria"), senders); err != nil {
-				return err
-			}
-		}
-		_, rss := usage(t.pid())
-		if err := t.settle(context.Background()); err != nil {
-			return err
-		}
-		bytes, err := diskBytes(dir)
+		r, err := b.largeOf(name)
 		if err != nil {
-			return err
+			return fmt.Errorf("%s: %w", name, err)
 		}
-		size[name] = float64(bytes) / float64(b.big)
-		fmt.Printf("%s: %d entries, %.1f bytes on disk an entry, peak %d MiB\n", name, b.big, size[name], rss>>20)
-		if name == "mvirt" {
-			figure("load_peak_rss_mib", float64(rss>>20), "MiB", "<= 200")
+		got[name] = r
+	}
+	m := got["mvirt"]
+	if m.bytes > 0 {
+		figure("bytes_per_entry", m.bytes, "B", "")
+	}
+	figure("scan_entries_per_s", m.scan, "entries/s", "")
+	if v := got["victoria"]; v != nil {
+		if m.bytes > 0 && v.bytes > 0 {
+			figure("bytes_per_entry_victorialogs", v.bytes, "B", "")
+			figure("bytes_vs_victorialogs", m.bytes/v.bytes, "ratio", "<= 0.8")
 		}
-		rng := rand.New(rand.NewPCG(5, 5))
-		pick := func() string {
-			if rng.IntN(2) == 0 {
-				return d.vms[rng.IntN(len(d.vms))]
-			}
-			return d.vols[rng.IntN(len(d.vols))]
-		}
-		rounds := 300
-		if name == "victoria" {
-			rounds = 30
-		}
-		warm, err := latencies(t, rounds, pick, 100)
-		if err != nil {
-			return err
-		}
-		p50[name] = quantile(warm, 0.5)
-		fmt.Printf("%s: newest 100 of an object: p50 %.2f ms, p99 %.2f ms\n", name, quantile(warm, 0.5), quantile(warm, 0.99))
-		vms, err := latencies(t, rounds, func() string { return d.vms[rng.IntN(len(d.vms))] }, 1<<20)
-		if err != nil {
-			return err
-		}
-		fmt.Printf("%s: all of a VM (%d entries in the mean): p50 %.2f ms, p99 %.2f ms\n", name, b.big/len(d.vms), quantile(vms, 0.5), quantile(vms, 0.99))
-		var rates []float64
-		for range 3 {
-			start := time.Now()
-			n, err := t.count(context.Background(), "woken 77 times")
-			if err != nil {
-				return err
-			}
-			rates = append(rates, float64(b.big)/time.Since(start).Seconds())
-			fmt.Printf("%s: text filter over everything: %d found, %.2f M entries/s\n", name, n, rates[len(rates)-1]/1e6)
-		}
-		scan[name] = median(rates)
-		if name == "mvirt" {
-			figure("newest100_p50_ms", quantile(warm, 0.5), "ms", "<= 2")
-			figure("newest100_p99_ms", quantile(warm, 0.99), "ms", "<= 5")
-			figure("object_all_p99_ms", quantile(vms, 0.99), "ms", "<= 10")
-			if err := t.stop(); err != nil {
-				return err
-			}
-			if err := t.start(dir); err != nil {
-				return err
-			}
-			forget(dir)
-			cold, err := latencies(t, 30, pick, 100)
-			if err != nil {
-				return err
-			}
-			figure("newest100_cold_p99_ms", quantile(cold, 0.99), "ms", "<= 20")
-		}
-		if err := t.stop(); err != nil {
-			return err
-		}
-		if err := os.RemoveAll(dir); err != nil {
-			return err
+		figure("newest100_vs_victorialogs", m.p50/v.p50, "ratio", "")
+		figure("scan_vs_victorialogs", m.scan/v.scan, "ratio", "")
+	}
+	return nil
+}
+
+// largeResult is what is compared between stores.
+type largeResult struct {
+	bytes float64 // on disk an entry; 0 when the store was there already
+	p50   float64 // of the newest 100, in milliseconds
+	scan  float64 // entries a second
+}
+
+// fill loads a store and says how large it became.
+func (b *bench) fill(t target, name, dir string, d *dataset) (float64, error) {
+	per := 100
+	if name == "victoria" {
+		per = 10_000
+	}
+	for done := 0; done < b.big; done += 250_000 {
+		if _, err := load(t, cut(d, min(250_000, b.big-done), per, name == "victoria"), senders); err != nil {
+			return 0, err
 		}
 	}
-	figure("bytes_per_entry", size["mvirt"], "B", "")
-	figure("scan_entries_per_s", scan["mvirt"], "entries/s", "")
-	if b.victoria != "" {
-		figure("bytes_per_entry_victorialogs", size["victoria"], "B", "")
-		figure("bytes_vs_victorialogs", size["mvirt"]/size["victoria"], "ratio", "<= 0.8")
-		figure("newest100_vs_victorialogs", p50["mvirt"]/p50["victoria"], "ratio", "")
-		figure("scan_vs_victorialogs", scan["mvirt"]/scan["victoria"], "ratio", "")
+	_, rss := usage(t.pid())
+	if err := t.settle(context.Background()); err != nil {
+		return 0, err
 	}
+	size, err := diskBytes(dir)
+	fmt.Printf("%s: %d entries, %.1f bytes on disk an entry, peak %d MiB\n", name, b.big, float64(size)/float64(b.big), rss>>20)
+	if name == "mvirt" {
+		figure("load_peak_rss_mib", float64(rss>>20), "MiB", "<= 200")
+	}
+	return float64(size) / float64(b.big), err
+}
+
+func (b *bench) largeOf(name string) (*largeResult, error) {
+	t := b.targets()[name]()
+	dir := filepath.Join(b.dir, "large-"+name)
+	have := false
+	if b.keep != "" {
+		dir = filepath.Join(b.keep, fmt.Sprintf("%s-%d-%d", name, b.big, b.objects))
+		if _, err := os.Stat(dir + ".loaded"); err == nil {
+			have = true
+		} else if err := os.RemoveAll(dir); err != nil {
+			return nil, err
+		}
+	}
+	if err := t.start(dir); err != nil {
+		return nil, err
+	}
+	r := &largeResult{}
+	d := newDataset(99, b.objects, time.Now().Add(-time.Duration(b.big)*time.Millisecond))
+	if !have {
+		var err error
+		if r.bytes, err = b.fill(t, name, dir, d); err != nil {
+			return nil, err
+		}
+		if b.keep != "" {
+			if err := os.WriteFile(dir+".loaded", nil, 0o600); err != nil {
+				return nil, err
+			}
+		}
+	}
+	rng := rand.New(rand.NewPCG(5, 5))
+	pick := func() string {
+		if rng.IntN(2) == 0 {
+			return d.vms[rng.IntN(len(d.vms))]
+		}
+		return d.vols[rng.IntN(len(d.vols))]
+	}
+	rounds := 1000
+	if name == "victoria" {
+		rounds = 30
+	}
+	warm, err := latencies(t, rounds, pick, 100)
+	if err != nil {
+		return nil, err
+	}
+	r.p50 = quantile(warm, 0.5)
+	fmt.Printf("%s: newest 100 of an object: p50 %.2f ms, p99 %.2f ms\n", name, r.p50, quantile(warm, 0.99))
+	vms, err := latencies(t, rounds/2, func() string { return d.vms[rng.IntN(len(d.vms))] }, 1<<20)
+	if err != nil {
+		return nil, err
+	}
+	fmt.Printf("%s: all of a VM (%d entries in the mean): p50 %.2f ms, p99 %.2f ms\n", name, b.big/len(d.vms), quantile(vms, 0.5), quantile(vms, 0.99))
+	var rates []float64
+	for range 3 {
+		start := time.Now()
+		n, err := t.count(context.Background(), "woken 77 times")
+		if err != nil {
+			return nil, err
+		}
+		rates = append(rates, float64(b.big)/time.Since(start).Seconds())
+		fmt.Printf("%s: text filter over everything: %d found, %.2f M entries/s\n", name, n, rates[len(rates)-1]/1e6)
+	}
+	r.scan = median(rates)
+	if name == "mvirt" {
+		figure("newest100_p50_ms", r.p50, "ms", "<= 2")
+		figure("newest100_p99_ms", quantile(warm, 0.99), "ms", "<= 5")
+		figure("object_all_p99_ms", quantile(vms, 0.99), "ms", "<= 10")
+		if err := b.cold(t, dir, pick); err != nil {
+			return nil, err
+		}
+	}
+	if err := t.stop(); err != nil {
+		return nil, err
+	}
+	if b.keep != "" {
+		return r, nil
+	}
+	return r, os.RemoveAll(dir)
+}
+
+// cold measures queries of a store that was just started, with nothing of its files in the page cache before
+// each single one.
+func (b *bench) cold(t target, dir string, pick func() string) error {
+	if err := t.stop(); err != nil {
+		return err
+	}
+	forget(dir)
+	if err := t.start(dir); err != nil {
+		return err
+	}
+	var all []float64
+	for range 100 {
+		forget(dir)
+		start := time.Now()
+		if _, err := t.newest(context.Background(), pick(), 100); err != nil {
+			return err
+		}
+		all = append(all, float64(time.Since(start).Microseconds())/1000)
+	}
+	slices.Sort(all)
+	figure("newest100_cold_p50_ms", quantile(all, 0.5), "ms", "")
+	figure("newest100_cold_p99_ms", quantile(all, 0.99), "ms", "<= 20")
 	return nil
 }
 
