@@ -225,6 +225,11 @@ func (s *Store) write(g *group) {
 	s.stats.appended.Add(uint64(g.total))
 	s.mu.Lock()
 	for l := byte(1); l < levels; l++ {
+		// Rows have 16 bits in the index: what would go beyond begins a new head. A group is smaller than a head.
+		if s.active[l].Len()+len(items[l]) > maxRows {
+			s.freeze(l, 0)
+			s.kickSealer()
+		}
 		h := s.active[l]
 		for i, it := range items[l] {
 			var tail []byte

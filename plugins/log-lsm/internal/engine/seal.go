@@ -233,6 +233,9 @@ func levelCounter(nextSeg uint32, nextFirst uint64) []byte {
 
 // fill writes all values of a segment into b and completes its description.
 func (p *packer) fill(b *pebble.Batch, v *head.View, seg *segment) error {
+	if v.Len() > maxRows {
+		return fmt.Errorf("%d entries are too many for a segment", v.Len())
+	}
 	p.perm = order(v, p.perm)
 	p.pairs, p.ms, p.times = p.pairs[:0], p.ms[:0], p.times[:0]
 	for i := range p.ids {
@@ -329,7 +332,9 @@ func (p *packer) postings(b *pebble.Batch, seg *segment) error {
 			for ; i < len(p.pairs) && p.pairs[i]>>16 == num; i++ {
 				p.rows = append(p.rows, uint16(p.pairs[i]))
 			}
-			p.post.Add(uint32(num), p.rows)
+			if err := p.post.Add(uint32(num), p.rows); err != nil {
+				return fmt.Errorf("index of object %d: %w", num, err)
+			}
 		}
 		p.buf = p.post.Page(p.buf[:0])
 		if err := p.set(b, seg, keys.PostingKey(p.key[:0], seg.level, seg.id, group)); err != nil {

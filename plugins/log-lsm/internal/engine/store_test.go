@@ -17,6 +17,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/mvirt/mvirt/plugins/log-lsm/internal/keys"
+	"github.com/mvirt/mvirt/plugins/log-lsm/internal/rec"
 	"github.com/mvirt/mvirt/sdk/errs"
 	"github.com/mvirt/mvirt/sdk/log"
 )
@@ -382,4 +383,28 @@ func (l *lazy) Read(p []byte) (int, error) {
 	n := copy(p, l.b)
 	l.b = l.b[n:]
 	return n, nil
+}
+
+// TestSegmentEdge fills heads up to the last row that the index can name, in appends of sizes that do not
+// divide it: rows have 16 bits, and a head that went beyond once had its index built without end.
+func TestSegmentEdge(t *testing.T) {
+	s := openTest(t, Options{Dir: t.TempDir(), HeadBytes: 1 << 30, RawBytes: 1 << 30})
+	const n = 2*maxRows + 777
+	at := int64(1_700_000_000e9)
+	for done := 0; done < n; {
+		es := make([]log.Entry, min(9973, n-done))
+		for i := range es {
+			k := at + int64(done+i)*1e6
+			es[i] = log.Entry{Time: time.Unix(0, k).UTC(), ID: string(rec.AppendV7(nil, uint64(k/1e6), 1, uint64(done+i))), Level: log.LevelInfo, Message: "m", Objects: []string{"vm-1"}}
+		}
+		if err := s.Append(context.Background(), es); err != nil {
+			t.Fatal(err)
+		}
+		done += len(es)
+	}
+	waitPacked(t, s)
+	got := 0
+	if err := s.Query(context.Background(), log.Query{Objects: []string{"vm-1"}}, func(log.Result) error { got++; return nil }); err != nil || got != n {
+		t.Fatalf("%d of %d entries: %v", got, n, err)
+	}
 }

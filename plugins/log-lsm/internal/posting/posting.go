@@ -15,6 +15,7 @@ package posting
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	mathbits "math/bits"
 )
 
@@ -34,12 +35,18 @@ type Builder struct {
 // Reset empties the builder.
 func (b *Builder) Reset() { b.present, b.body = 0, b.body[:0] }
 
-// Add gives the rows, ascending and without repetition, of the object with these six low bits.
-func (b *Builder) Add(low uint32, rows []uint16) {
+// Add gives the rows, ascending and without repetition, of the object with these six low bits; other rows are
+// an error, and the page is of no use.
+func (b *Builder) Add(low uint32, rows []uint16) error {
+	for i := 1; i < len(rows); i++ {
+		if rows[i] <= rows[i-1] {
+			return fmt.Errorf("row %d behind row %d: %w", rows[i], rows[i-1], ErrBad)
+		}
+	}
 	b.present |= 1 << (low & 63)
 	if len(rows) == 1 {
 		b.body = binary.LittleEndian.AppendUint16(append(b.body, 2<<1), rows[0])
-		return
+		return nil
 	}
 	b.tmp = appendList(b.tmp[:0], rows)
 	last := int(rows[len(rows)-1])
@@ -50,10 +57,11 @@ func (b *Builder) Add(low uint32, rows []uint16) {
 		for _, r := range rows {
 			b.body[at+int(r)/8] |= 1 << (r % 8)
 		}
-		return
+		return nil
 	}
 	b.body = binary.AppendUvarint(b.body, uint64(len(b.tmp))<<1)
 	b.body = append(b.body, b.tmp...)
+	return nil
 }
 
 // Page appends the page to dst.

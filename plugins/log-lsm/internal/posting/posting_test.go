@@ -1,6 +1,7 @@
 package posting
 
 import (
+	"errors"
 	"math/rand/v2"
 	"slices"
 	"testing"
@@ -23,7 +24,9 @@ func TestRoundTrip(t *testing.T) {
 			slices.Sort(rows)
 			rows = slices.Compact(rows)
 			want[low] = rows
-			b.Add(low, rows)
+			if err := b.Add(low, rows); err != nil {
+				t.Fatal(err)
+			}
 		}
 		page := b.Page(nil)
 		for low := range uint32(64) {
@@ -49,7 +52,9 @@ func TestEdges(t *testing.T) {
 	}
 	for _, rows := range [][]uint16{{0}, {65535}, {0, 65535}, all, all[:1000], all[64000:]} {
 		var b Builder
-		b.Add(63, rows)
+		if err := b.Add(63, rows); err != nil {
+			t.Fatal(err)
+		}
 		list, ok, err := Find(b.Page(nil), 63)
 		if !ok || err != nil {
 			t.Fatal(ok, err)
@@ -63,8 +68,12 @@ func TestEdges(t *testing.T) {
 
 func FuzzPage(f *testing.F) {
 	var b Builder
-	b.Add(1, []uint16{1, 5, 900})
-	b.Add(9, []uint16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13})
+	if err := b.Add(1, []uint16{1, 5, 900}); err != nil {
+		f.Fatal(err)
+	}
+	if err := b.Add(9, []uint16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13}); err != nil {
+		f.Fatal(err)
+	}
 	f.Add(b.Page(nil))
 	f.Fuzz(func(t *testing.T, page []byte) {
 		_ = Each(page, func(_ uint32, l List) {
@@ -74,4 +83,13 @@ func FuzzPage(f *testing.F) {
 			}
 		})
 	})
+}
+
+func TestRowsOutOfOrder(t *testing.T) {
+	for _, rows := range [][]uint16{{1, 1}, {5, 4}, {65535, 0}, {1, 2, 3, 3}} {
+		var b Builder
+		if err := b.Add(1, rows); !errors.Is(err, ErrBad) {
+			t.Errorf("%v: %v", rows, err)
+		}
+	}
 }
