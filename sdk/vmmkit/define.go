@@ -35,6 +35,23 @@ func (m *Manager) addBootFiles(kernel, initramfs *os.File) (bootFiles, error) {
 	return b, nil
 }
 
+// bootFiles holds what a create asks for: files that come with it, or those of a snapshot.
+func (m *Manager) bootFiles(req vmm.CreateRequest) (bootFiles, error) {
+	if req.BootFrom == "" {
+		return m.addBootFiles(req.Kernel, req.Initramfs)
+	}
+	m.change.Lock() // DeleteSnapshot lets go of them under it
+	defer m.change.Unlock()
+	s, err := m.snapshotOf(req.BootFrom)
+	if err != nil {
+		return bootFiles{}, err
+	}
+	b := bootFiles{kernel: s.Snapshot.Spec.Boot.KernelSHA256, initramfs: s.Initramfs}
+	m.kn.Hold(b.kernel)
+	m.kn.Hold(b.initramfs)
+	return b, nil
+}
+
 func (m *Manager) release(b bootFiles) {
 	m.kn.Release(b.kernel)
 	m.kn.Release(b.initramfs)
@@ -78,13 +95,24 @@ func (m *Manager) Create(ctx context.Context, req vmm.CreateRequest) (vmm.VM, er
 	if req.Kernel == nil && req.Initramfs != nil {
 		return vmm.VM{}, errs.Field("initramfs", "give a kernel too", "an initramfs without a kernel")
 	}
-	if err := checkSpec(req.Spec, req.Kernel != nil, m.o.Memory); err != nil {
+	kernel := req.Kernel != nil
+	if req.BootFrom != "" {
+		s, err := m.snapshotOf(req.BootFrom)
+		if err != nil {
+			return vmm.VM{}, err
+		}
+		if kernel {
+			return vmm.VM{}, errs.Field("boot_from", "give files or a snapshot, not both", "a kernel and a snapshot to take one from")
+		}
+		kernel = s.Snapshot.Spec.Boot.HasKernel
+	}
+	if err := checkSpec(req.Spec, kernel, m.o.Memory); err != nil {
 		return vmm.VM{}, err
 	}
 	if err := m.o.Driver.Check(req.Spec); err != nil {
 		return vmm.VM{}, err
 	}
-	b, err := m.addBootFiles(req.Kernel, req.Initramfs)
+	b, err := m.bootFiles(req)
 	if err != nil {
 		return vmm.VM{}, err
 	}

@@ -34,6 +34,9 @@ type Coroner interface {
 	Autopsy(m Machine) (reason string, fault bool)
 }
 
+// VsockSocketer is a Driver whose guests' virtio sockets are met at a unix socket in the VM's directory.
+type VsockSocketer interface{ VsockSocket() string }
+
 // Machine is a VM as a driver needs it.
 type Machine struct {
 	ID        string
@@ -50,6 +53,15 @@ type Machine struct {
 	NICs      []vmm.NICAttachment
 	State     json.RawMessage // what Prepare gave
 	Process   *proc.Process   // at Connect
+	Restore   *Restore        // at launch: start from this and boot nothing; nil otherwise
+}
+
+// Restore is a state that an instance wrote.
+type Restore struct {
+	Dir   string          // where it wrote; to be read only
+	Work  string          // an empty directory of the VM's own, removed when it is started
+	State json.RawMessage // what it gave
+	Spec  vmm.Spec        // what it had then; the machine's has the same shape
 }
 
 // Launch is a hypervisor to be started.
@@ -75,7 +87,7 @@ type Instance interface {
 	// Close lets go of the process, which goes on.
 	Close() error
 
-	PlugDisk(ctx context.Context, d vmm.DiskAttachment) error
+	PlugDisk(ctx context.Context, d vmm.DiskAttachment) error // with d.Limit
 	UnplugDisk(ctx context.Context, name string) error
 	PlugNIC(ctx context.Context, n vmm.NICAttachment) error
 	UnplugNIC(ctx context.Context, id string) error
@@ -93,6 +105,13 @@ type Port interface {
 type Resizer interface {
 	// Resize sets both; they are within the maxima that the VM was started with.
 	Resize(ctx context.Context, cpus uint32, memory uint64) error
+}
+
+// Snapshotter is an Instance that can write its guest's memory and devices to files.
+type Snapshotter interface {
+	// Snapshot writes those of a paused guest into dir, an empty directory, as regular files. The guest stays
+	// paused. What it gives is handed to Prepare and Connect of a VM that is started from it.
+	Snapshot(ctx context.Context, dir string) (json.RawMessage, error)
 }
 
 // Feeder is an Instance whose serial output does not come into the log file by itself; the kit hands it on.

@@ -82,6 +82,9 @@ func (v *machine) viewLocked() vmm.VM {
 		vm.PID = uint32(r.rec.Process.PID)
 		vm.StartedAt = r.rec.StartedAt
 		vm.Hypervisor = r.rec.Hypervisor
+		if p, ok := v.m.o.Driver.(VsockSocketer); ok && r.rec.Spec.Vsock != 0 {
+			vm.VsockSocket = filepath.Join(v.m.vmDir(v.id), p.VsockSocket())
+		}
 		vm.Pending = !sameHardware(v.def.Spec, r.rec.Spec) || v.def.Initramfs != r.rec.Initramfs
 	}
 	v.view.Store(&vm)
@@ -128,7 +131,7 @@ func sameHardware(a, b vmm.Spec) bool {
 	}
 	x, y := strip(a), strip(b)
 	return x.CPUs == y.CPUs && x.MaxCPUs == y.MaxCPUs && x.MemoryBytes == y.MemoryBytes && x.MaxMemory == y.MaxMemory && x.Boot == y.Boot &&
-		x.Nested == y.Nested && x.HugePages == y.HugePages && slices.Equal(x.Disks, y.Disks) && slices.Equal(x.NICs, y.NICs)
+		x.Nested == y.Nested && x.HugePages == y.HugePages && x.Topology == y.Topology && x.Watchdog == y.Watchdog && x.Vsock == y.Vsock && slices.Equal(x.Disks, y.Disks) && slices.Equal(x.NICs, y.NICs)
 }
 
 func compare(a, b string) int {

@@ -29,7 +29,8 @@ func (m *Manager) PlugDisk(ctx context.Context, req vmm.PlugDiskRequest) error {
 			return err
 		}
 		return v.nowHas(r, func(s *vmm.Spec) {
-			s.Disks = append(s.Disks, vmm.Disk{Name: req.Disk.Name, VolumeID: req.Disk.VolumeID, ReadOnly: req.Disk.ReadOnly})
+			s.Disks = append(s.Disks, vmm.Disk{Name: req.Disk.Name, VolumeID: req.Disk.VolumeID, ReadOnly: req.Disk.ReadOnly,
+				Limit: req.Disk.Limit})
 		})
 	}, vmm.StateRunning, vmm.StatePaused)
 	return err

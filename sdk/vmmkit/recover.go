@@ -55,6 +55,10 @@ func (m *Manager) recover(ctx context.Context) error {
 		m.kn.Hold(b.initramfs)
 		m.byID[it.ID], m.byName[it.Value.Spec.Name] = v, v
 	}
+	if err := m.loadSnapshots(); err != nil {
+		return err
+	}
+	m.sweepStates()
 	if err := m.kn.Sweep(); err != nil {
 		m.o.Log.Warn("kernels that no VM has cannot be removed", "error", err)
 	}

@@ -41,11 +41,16 @@ func newMarker(id string) (string, error) {
 
 // Start launches the hypervisor.
 func (m *Manager) Start(ctx context.Context, req vmm.StartRequest) (vmm.VM, error) {
+	return m.start(ctx, req, nil)
+}
+
+// start launches the hypervisor, to boot or to go on from a snapshot.
+func (m *Manager) start(ctx context.Context, req vmm.StartRequest, from *snapshot) (vmm.VM, error) {
 	v, err := m.find(req.ID)
 	if err != nil {
 		return vmm.VM{}, err
 	}
-	if vm, ok, err := v.startable(false); ok || err != nil {
+	if vm, ok, err := v.startable(false, from); ok || err != nil {
 		return vm, err
 	}
 	ctx, done, err := v.begin(ctx)
@@ -53,7 +58,7 @@ func (m *Manager) Start(ctx context.Context, req vmm.StartRequest) (vmm.VM, erro
 		return vmm.VM{}, err
 	}
 	defer done()
-	if vm, ok, err := v.startable(true); ok || err != nil {
+	if vm, ok, err := v.startable(true, from); ok || err != nil {
 		return vm, err
 	}
 	v.mu.Lock()
@@ -62,13 +67,22 @@ func (m *Manager) Start(ctx context.Context, req vmm.StartRequest) (vmm.VM, erro
 	if err := checkStart(def.Spec, req.Disks, req.NICs); err != nil {
 		return vmm.VM{}, err
 	}
+	if from != nil {
+		if err := from.fits(def); err != nil {
+			return vmm.VM{}, err
+		}
+	}
+	for i := range req.Disks {
+		req.Disks[i].Limit = def.Spec.Disks[i].Limit
+	}
 	v.mu.Lock()
 	before, beforeReason, beforeDesired := v.state, v.reason, v.desired
 	v.desired = vmm.StateRunning
 	v.setLocked(vmm.StateStarting, "")
 	v.mu.Unlock()
 
-	r, err := v.launch(ctx, def, req)
+	defer func() { _ = os.RemoveAll(filepath.Join(m.vmDir(v.id), restoreDir)) }()
+	r, err := v.launch(ctx, def, req, from)
 	if err != nil {
 		err = why(ctx, err)
 		v.mu.Lock()
@@ -79,7 +93,7 @@ func (m *Manager) Start(ctx context.Context, req vmm.StartRequest) (vmm.VM, erro
 		}
 		return vmm.VM{}, v.startError(err)
 	}
-	if err := v.connect(ctx, r, def, req); err != nil {
+	if err := v.connect(ctx, r, def, req, from); err != nil {
 		err = why(ctx, err)
 		reason := "start failed: " + err.Error()
 		if errors.Is(err, errs.Canceled) {
@@ -123,11 +137,15 @@ func firstOf(s ...string) string {
 
 // startable decides by the state: done says that the answer is vm. held tells that we hold the turn, so that
 // "starting" can only be ours to be.
-func (v *machine) startable(held bool) (vm vmm.VM, done bool, err error) {
+func (v *machine) startable(held bool, from *snapshot) (vm vmm.VM, done bool, err error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	switch v.state {
 	case vmm.StateRunning, vmm.StatePaused:
+		if from != nil && (v.run == nil || v.run.rec.From != from.Snapshot.ID) {
+			return vmm.VM{}, false, errs.New(errs.Precondition, "the VM is %s, it cannot go back to a snapshot", v.state).With(v.resource()).
+				Because("VM_RUNNING").Do("stop it first with: mvirt vm stop " + v.def.Spec.Name)
+		}
 		return v.now(), true, nil
 	case vmm.StateStarting:
 		if !held {
@@ -146,7 +164,7 @@ func (v *machine) startable(held bool) (vm vmm.VM, done bool, err error) {
 
 // launch does all up to the process being there and durably known. After an error nothing runs, and v.run is
 // nil unless an end is being entered.
-func (v *machine) launch(ctx context.Context, def store.Definition, req vmm.StartRequest) (*run, error) {
+func (v *machine) launch(ctx context.Context, def store.Definition, req vmm.StartRequest, from *snapshot) (*run, error) {
 	m := v.m
 	if err := m.makeVMDir(v.id); err != nil {
 		return nil, err
@@ -156,6 +174,11 @@ func (v *machine) launch(ctx context.Context, def store.Definition, req vmm.Star
 		return nil, err
 	}
 	mach.Paused, mach.Fresh, mach.Disks, mach.NICs = req.Paused, true, req.Disks, req.NICs
+	if from != nil {
+		if mach.Restore, err = m.restore(v.id, from); err != nil {
+			return nil, err
+		}
+	}
 	if mach.Marker, err = newMarker(v.id); err != nil {
 		return nil, err
 	}
@@ -171,6 +194,10 @@ func (v *machine) launch(ctx context.Context, def store.Definition, req vmm.Star
 	if l.Close != nil {
 		defer l.Close()
 	}
+	if from != nil && l.Hypervisor != from.Snapshot.Hypervisor {
+		return nil, errs.New(errs.Precondition, "the snapshot was written by %s, and this is %s", from.Snapshot.Hypervisor, l.Hypervisor).
+			Because("OTHER_HYPERVISOR").Do("install the version that wrote it beside the new one, and name it to the plugin")
+	}
 	l.Command.Output = out
 	if cg, err := m.cgroup(v.id); err != nil {
 		m.o.Log.Warn("the hypervisor runs in our cgroup", "vm", v.id, "error", err)
@@ -179,7 +206,11 @@ func (v *machine) launch(ctx context.Context, def store.Definition, req vmm.Star
 		l.Command.Cgroup = cg
 	}
 
-	rec := store.Runtime{VMID: v.id, Phase: store.Intent, Marker: mach.Marker, StartedAt: m.o.Now(), Hypervisor: l.Hypervisor,
+	snapshotID := ""
+	if from != nil {
+		snapshotID = from.Snapshot.ID
+	}
+	rec := store.Runtime{VMID: v.id, From: snapshotID, Phase: store.Intent, Marker: mach.Marker, StartedAt: m.o.Now(), Hypervisor: l.Hypervisor,
 		Spec: def.Spec, Initramfs: def.Initramfs, Driver: l.State}
 	v.mu.Lock()
 	st := store.Status{State: vmm.StateStopped, Reason: v.reason, Since: v.since, Desired: vmm.StateRunning}
@@ -207,14 +238,18 @@ func (v *machine) launch(ctx context.Context, def store.Definition, req vmm.Star
 }
 
 // connect takes hold of a run that was launched just now.
-func (v *machine) connect(ctx context.Context, r *run, def store.Definition, req vmm.StartRequest) error {
+func (v *machine) connect(ctx context.Context, r *run, def store.Definition, req vmm.StartRequest, from *snapshot) error {
 	mach, err := v.machineFor(def)
 	if err != nil {
 		return err
 	}
 	mach.Marker, mach.State, mach.Process = r.rec.Marker, r.rec.Driver, r.proc
 	mach.Paused, mach.Fresh, mach.Disks, mach.NICs = req.Paused, true, req.Disks, req.NICs
-	cctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	limit := connectTimeout
+	if from != nil {
+		mach.Restore, limit = from.restore(mach.Dir), copyTime(def.Spec.MemoryBytes)
+	}
+	cctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	stop := endWith(cctx, cancel, r)
 	l := &link{}

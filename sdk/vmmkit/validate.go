@@ -24,6 +24,10 @@ const (
 	maxCmdline = 2047 // COMMAND_LINE_SIZE of arch/x86/include/asm/setup.h, less the NUL
 	maxSerial  = 20   // VIRTIO_BLK_ID_BYTES
 	maxLabels  = 64
+	minVsock   = 3         // below are the hypervisor and the host; vsock(7)
+	anyVsock   = 1<<32 - 1 // VMADDR_CID_ANY
+	minLimit   = 1 << 20   // bytes a second: less than a request's worth starves the guest
+	minOps     = 10
 )
 
 // hostMemory reads MemTotal, in bytes; 0 if it is not known.
@@ -51,6 +55,12 @@ func checkSpec(s vmm.Spec, kernel bool, memory uint64) error {
 	}
 	if err := checkSize(s, memory); err != nil {
 		return err
+	}
+	if err := checkTopology(s); err != nil {
+		return err
+	}
+	if s.Vsock != 0 && s.Vsock < minVsock || s.Vsock == anyVsock {
+		return errs.Field("spec.vsock", "give 3 to 4294967294, or 0 for none", "a guest cannot have the address %d", s.Vsock)
 	}
 	if err := checkBoot(s.Boot, kernel); err != nil {
 		return err
@@ -101,6 +111,30 @@ func checkSize(s vmm.Spec, memory uint64) error {
 	return nil
 }
 
+func checkTopology(s vmm.Spec) error {
+	t, most := s.Topology, max(s.CPUs, s.MaxCPUs)
+	switch {
+	case t == (vmm.Topology{}):
+		return nil
+	case t.Threads != 1 && t.Threads != 2:
+		return errs.Field("spec.topology.threads", "give 1 or 2", "%d threads a core", t.Threads)
+	case uint64(t.Sockets)*uint64(t.Cores)*uint64(t.Threads) != uint64(most):
+		return errs.Field("spec.topology", "let sockets, cores and threads multiply to the largest number of vCPUs",
+			"%d sockets of %d cores of %d threads for %d vCPUs", t.Sockets, t.Cores, t.Threads, most)
+	}
+	return nil
+}
+
+func checkLimit(field string, l vmm.RateLimit) error {
+	switch {
+	case l.BytesPerSecond != 0 && l.BytesPerSecond < minLimit, l.BytesPerSecond > 1<<50:
+		return errs.Field(field+".bytes_per_second", "give at least 1 MiB, or 0 for no limit", "a limit of %d bytes a second", l.BytesPerSecond)
+	case l.OpsPerSecond != 0 && l.OpsPerSecond < minOps, l.OpsPerSecond > 1<<40:
+		return errs.Field(field+".ops_per_second", fmt.Sprintf("give at least %d, or 0 for no limit", minOps), "a limit of %d operations a second", l.OpsPerSecond)
+	}
+	return nil
+}
+
 func checkBoot(b vmm.Boot, kernel bool) error {
 	switch {
 	case !kernel && b.Cmdline != "":
@@ -137,6 +171,9 @@ func checkDisks(disks []vmm.Disk) error {
 			return errs.Field(field+".name", "give each disk its own name", "two disks are called %s", d.Name)
 		}
 		if err := ident.CheckID(field+".volume_id", d.VolumeID); err != nil {
+			return err
+		}
+		if err := checkLimit(field+".limit", d.Limit); err != nil {
 			return err
 		}
 		if volumes[d.VolumeID] {
@@ -234,6 +271,9 @@ func checkDiskAttachment(field string, d vmm.DiskAttachment) error {
 	}
 	if d.Format != "raw" {
 		return errs.Field(field+".format", "say raw", "a disk in the format %s cannot be run on", ident.Quote(d.Format))
+	}
+	if err := checkLimit(field+".limit", d.Limit); err != nil {
+		return err
 	}
 	return checkPath(field+".path", d.Path)
 }

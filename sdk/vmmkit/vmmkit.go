@@ -81,6 +81,7 @@ type Manager struct {
 	byID   map[string]*machine
 	byName map[string]*machine
 	conds  map[string]service.Condition // by code and object
+	snaps  map[string]*snapshot
 }
 
 var _ vmm.Service = (*Manager)(nil)

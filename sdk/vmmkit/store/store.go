@@ -74,6 +74,7 @@ type Runtime struct {
 	Driver     json.RawMessage `json:",omitempty"` // what the driver wants to know again
 	Stop       string          // why it is being ended, "" if it is not
 	Reason     string          // of the state: "guest panicked"
+	From       string          // memory snapshot that it was started from, "" if it booted
 }
 
 // DB is the open store.

@@ -1,6 +1,8 @@
 package ch
 
 import (
+	"os"
+
 	"github.com/mvirt/mvirt/plugins/vmm-cloudhypervisor/internal/chapi"
 	"github.com/mvirt/mvirt/sdk/vmm"
 	"github.com/mvirt/mvirt/sdk/vmmkit"
@@ -34,6 +36,14 @@ func (d *Driver) config(m vmmkit.Machine, v chVersion) (chapi.VMConfig, error) {
 		Console: chapi.Console{Mode: "Off"},
 		PVPanic: true,
 	}
+	if t := s.Topology; t != (vmm.Topology{}) {
+		c.CPUs.Topology = &chapi.Topology{ThreadsPerCore: t.Threads, CoresPerDie: t.Cores, DiesPerPackage: 1, Packages: t.Sockets}
+	}
+	if s.Vsock != 0 {
+		c.Vsock = &chapi.Vsock{CID: s.Vsock, Socket: vsockSocket}
+	}
+	c.Watchdog = s.Watchdog
+	c.Landlock, c.LandlockRules = d.landlock(m)
 	if s.MaxMemory > s.MemoryBytes {
 		c.Memory.HotplugSize = s.MaxMemory - s.MemoryBytes
 	}
@@ -69,7 +79,40 @@ func (d *Driver) config(m vmmkit.Machine, v chVersion) (chapi.VMConfig, error) {
 
 // diskConfig is a disk. A block device is not to be cached twice.
 func diskConfig(a vmm.DiskAttachment) chapi.Disk {
-	return chapi.Disk{ID: diskID(a.Name), Path: a.Path, ReadOnly: a.ReadOnly, Direct: a.Block, Serial: a.Name, ImageType: "Raw"}
+	return chapi.Disk{ID: diskID(a.Name), Path: a.Path, ReadOnly: a.ReadOnly, Direct: a.Block, Serial: a.Name, ImageType: "Raw",
+		RateLimiter: rateLimiter(a.Limit)}
+}
+
+// rateLimiter is a disk's limit. An empty bucket stops the disk for 100 ms; one that fills in a second is not
+// emptied by that.
+func rateLimiter(l vmm.RateLimit) *chapi.RateLimiter {
+	const second = 1000
+	var r chapi.RateLimiter
+	if l.BytesPerSecond != 0 {
+		r.Bandwidth = &chapi.TokenBucket{Size: l.BytesPerSecond, RefillTime: second}
+	}
+	if l.OpsPerSecond != 0 {
+		r.Ops = &chapi.TokenBucket{Size: l.OpsPerSecond, RefillTime: second}
+	}
+	if r == (chapi.RateLimiter{}) {
+		return nil
+	}
+	return &r
+}
+
+// landlock says which paths a hypervisor may open. Those that its configuration names it adds itself; the rest
+// is for its sockets, which it makes anew at each reboot, and for disks that are plugged later.
+func (d *Driver) landlock(m vmmkit.Machine) (bool, []chapi.LandlockRule) {
+	if !d.cfg.Landlock {
+		return false, nil
+	}
+	rules := []chapi.LandlockRule{{Path: m.Dir, Access: "rw"}}
+	for _, p := range d.cfg.LandlockPaths {
+		if _, err := os.Stat(p); err == nil {
+			rules = append(rules, chapi.LandlockRule{Path: p, Access: "rw"})
+		}
+	}
+	return true, rules
 }
 
 // netConfig is a NIC. Its MTU and address are not told: they are the net plugin's to set on a TAP, and an

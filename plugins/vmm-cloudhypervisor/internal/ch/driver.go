@@ -22,10 +22,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"regexp"
-	"strconv"
 	"strings"
 	"time"
 
@@ -42,16 +39,20 @@ import (
 
 // Config says which cloud-hypervisor and firmware.
 type Config struct {
-	Binary   string // path; "": look for it
-	Firmware string // rust-hypervisor-firmware; "": look for it
-	UEFI     string // CLOUDHV.fd; "": look for it
-	NoKVM    bool   // for a test double, which needs none
+	Binaries []string // paths; the first is what VMs start with, the others are for snapshots that they wrote; none: look for one
+	Firmware string   // rust-hypervisor-firmware; "": look for it
+	UEFI     string   // CLOUDHV.fd; "": look for it
+	NoKVM    bool     // for a test double, which needs none
+
+	Landlock      bool     // let hypervisors confine themselves to the files that they need
+	LandlockPaths []string // directories of disks and sockets that may be plugged later
 }
 
 // Files in a VM's directory.
 const (
 	apiSocket    = "api.sock"
 	serialSocket = "serial.sock"
+	vsockSocket  = "vsock.sock"
 	eventsFile   = "events.json"
 )
 
@@ -67,47 +68,54 @@ func (v chVersion) less(o chVersion) bool {
 
 func (v chVersion) String() string { return fmt.Sprintf("%d.%d", v.major, v.minor) }
 
-// program is a binary as it was found.
-type program struct {
-	path       string
-	version    chVersion
-	noShutdown bool // it has --no-shutdown
-}
-
 // Driver is a vmmkit.Driver.
 type Driver struct {
-	cfg    Config
-	since  time.Time
-	kvm    error // nil: usable
-	events *console.Watcher
-
-	probed chan struct{} // closed when what follows is set
-	prog   program
-	err    error
+	cfg      Config
+	since    time.Time
+	kvm      error // nil: usable
+	events   *console.Watcher
+	programs *programs
 }
 
 var (
-	_ vmmkit.Driver  = (*Driver)(nil)
-	_ vmmkit.Coroner = (*Driver)(nil)
+	_ vmmkit.Driver        = (*Driver)(nil)
+	_ vmmkit.Coroner       = (*Driver)(nil)
+	_ vmmkit.VsockSocketer = (*Driver)(nil)
 )
 
 // New makes a driver. A program or a device that is missing is a condition, and the error of each start.
 func New(cfg Config) (*Driver, error) {
+	if cfg.Landlock {
+		if abi := landlockABI(); abi < oldestLandlock {
+			return nil, errs.New(errs.Precondition, "--landlock is given, and this kernel offers version %d of Landlock; %d is needed", abi, oldestLandlock).
+				Do("use Linux 6.2 or newer with landlock in its lsm= list, or leave --landlock away")
+		}
+	}
 	w, err := console.NewWatcher()
 	if err != nil {
 		return nil, err
 	}
-	d := &Driver{cfg: cfg, since: time.Now(), events: w, probed: make(chan struct{})}
+	d := &Driver{cfg: cfg, since: time.Now(), events: w, programs: newPrograms(cfg.Binaries)}
 	if !cfg.NoKVM {
 		d.kvm = kvmUsable()
 	}
-	go func() {
-		defer close(d.probed)
-		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
-		defer cancel()
-		d.prog, d.err = probe(ctx, cfg.Binary)
-	}()
 	return d, nil
+}
+
+// VsockSocket is the name of the socket at which a guest's virtio socket is met.
+func (d *Driver) VsockSocket() string { return vsockSocket }
+
+// oldestLandlock is the ABI that cloud-hypervisor asks for (Linux 6.2).
+const oldestLandlock = 3
+
+// landlockABI is the version of Landlock that the kernel has, 0 if none (landlock(7)).
+func landlockABI() int {
+	const createRulesetVersion = 1 // LANDLOCK_CREATE_RULESET_VERSION; linux/landlock.h
+	v, _, e := unix.Syscall(unix.SYS_LANDLOCK_CREATE_RULESET, 0, 0, createRulesetVersion)
+	if e != 0 {
+		return 0
+	}
+	return int(v)
 }
 
 func kvmUsable() error {
@@ -123,50 +131,6 @@ func kvmUsable() error {
 	}
 	return nil
 }
-
-var versionLine = regexp.MustCompile(`^cloud-hypervisor v([0-9]{1,4})\.([0-9]{1,4})`)
-
-// probe asks a binary what it is.
-func probe(ctx context.Context, path string) (program, error) {
-	p := program{path: path}
-	if path == "" {
-		var err error
-		if p.path, err = find("cloud-hypervisor", "/usr/local/bin", "/usr/bin", "/usr/libexec", "/opt/cloud-hypervisor/bin"); err != nil {
-			return p, errs.Wrap(errs.Unavailable, err, "cloud-hypervisor is not installed").(*errs.Error).Because("PROGRAM_MISSING").
-				Do("install it, or give its path with --cloud-hypervisor")
-		}
-	}
-	out, err := output(ctx, p.path, "--version")
-	if err != nil {
-		return p, errs.Wrap(errs.Unavailable, err, "%s --version fails", p.path)
-	}
-	m := versionLine.FindStringSubmatch(out)
-	if m == nil {
-		return p, errs.New(errs.Unavailable, "%s does not say that it is cloud-hypervisor", p.path).
-			Do("give the right program with --cloud-hypervisor")
-	}
-	p.version.major, _ = strconv.Atoi(m[1]) // digits, by the pattern
-	p.version.minor, _ = strconv.Atoi(m[2])
-	if p.version.less(oldest) {
-		return p, errs.New(errs.Unavailable, "%s is version %s; before %s a guest can read host files through its raw disk (CVE-2026-27211, CVE-2026-45782)",
-			p.path, p.version, oldest).Because("PROGRAM_TOO_OLD").Do("install cloud-hypervisor " + oldest.String() + " or newer")
-	}
-	help, err := output(ctx, p.path, "--help")
-	if err != nil {
-		return p, errs.Wrap(errs.Unavailable, err, "%s --help fails", p.path)
-	}
-	p.noShutdown = strings.Contains(help, "--no-shutdown")
-	return p, nil
-}
-
-func output(ctx context.Context, path string, args ...string) (string, error) {
-	cmd := exec.CommandContext(ctx, path, args...)
-	cmd.Env = environment()
-	b, err := cmd.Output()
-	return string(b), err
-}
-
-func environment() []string { return []string{"PATH=/usr/bin:/bin", "LC_ALL=C", "HOME=/"} }
 
 // find looks for a regular file in directories.
 func find(name string, dirs ...string) (string, error) {
@@ -187,13 +151,9 @@ func (d *Driver) Conditions() []service.Condition {
 			Text:   "cloud-hypervisor needs KVM: " + d.kvm.Error(),
 			Remedy: "load kvm_intel or kvm_amd, and let the plugin's user into the group of /dev/kvm; or use vmm-qemu"})
 	}
-	select {
-	case <-d.probed:
-		if d.err != nil {
-			cs = append(cs, service.Condition{Code: "HYPERVISOR_UNAVAILABLE", Severity: service.SeverityCritical, Since: d.since,
-				Text: d.err.Error(), Remedy: errs.RemedyOf(d.err)})
-		}
-	default:
+	for _, err := range d.programs.troubles() {
+		cs = append(cs, service.Condition{Code: "HYPERVISOR_UNAVAILABLE", Severity: service.SeverityCritical, Since: d.since,
+			Text: err.Error(), Remedy: errs.RemedyOf(err)})
 	}
 	return cs
 }
@@ -238,14 +198,18 @@ type state struct {
 
 // Prepare makes the command.
 func (d *Driver) Prepare(ctx context.Context, m vmmkit.Machine) (vmmkit.Launch, error) {
-	select {
-	case <-d.probed:
-	case <-ctx.Done():
-		return vmmkit.Launch{}, ctx.Err()
+	want := ""
+	if m.Restore != nil {
+		var was state
+		if err := json.Unmarshal(m.Restore.State, &was); err != nil {
+			return vmmkit.Launch{}, errs.Wrap(errs.Corrupt, err, "what is stored of the snapshot is damaged")
+		}
+		want = was.Version
 	}
+	prog, err := d.programs.get(ctx, want)
 	switch {
-	case d.err != nil:
-		return vmmkit.Launch{}, d.err
+	case err != nil:
+		return vmmkit.Launch{}, err
 	case d.kvm != nil:
 		return vmmkit.Launch{}, &errs.Error{Kind: errs.Unavailable, Reason: "KVM_UNAVAILABLE", Message: "cloud-hypervisor needs KVM", Err: d.kvm,
 			Remedy: "load kvm_intel or kvm_amd, and let the plugin's user into the group of /dev/kvm; or use vmm-qemu"}
@@ -256,12 +220,18 @@ func (d *Driver) Prepare(ctx context.Context, m vmmkit.Machine) (vmmkit.Launch, 
 		}
 	}
 	// It binds its serial socket itself, and only where nothing is.
-	for _, f := range []string{serialSocket, eventsFile} {
+	for _, f := range []string{serialSocket, vsockSocket, eventsFile} {
 		if err := os.Remove(filepath.Join(m.Dir, f)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return vmmkit.Launch{}, err
 		}
 	}
-	st, err := json.Marshal(state{Shared: shared(m.NICs), NoShutdown: d.prog.noShutdown, Version: d.prog.version.String()})
+	sharedMemory := shared(m.NICs)
+	if m.Restore != nil {
+		if sharedMemory, err = prepareRestore(d, m); err != nil {
+			return vmmkit.Launch{}, err
+		}
+	}
+	st, err := json.Marshal(state{Shared: sharedMemory, NoShutdown: prog.noShutdown, Version: prog.version.String()})
 	if err != nil {
 		return vmmkit.Launch{}, err
 	}
@@ -270,12 +240,12 @@ func (d *Driver) Prepare(ctx context.Context, m vmmkit.Machine) (vmmkit.Launch, 
 		return vmmkit.Launch{}, errs.Wrap(errs.Unknown, err, "the control socket cannot be made")
 	}
 	args := []string{"--api-socket", "fd=3", "--event-monitor", "path=" + eventsFile, "--seccomp", "true"}
-	if d.prog.noShutdown {
+	if prog.noShutdown {
 		args = append(args, "--no-shutdown")
 	}
 	return vmmkit.Launch{
-		Command:    proc.Command{Path: d.prog.path, Name: m.Marker, Args: args, Dir: m.Dir, Env: environment(), Files: []*os.File{api}},
-		Hypervisor: "cloud-hypervisor " + d.prog.version.String() + " (kvm)",
+		Command:    proc.Command{Path: prog.path, Name: m.Marker, Args: args, Dir: m.Dir, Env: environment(), Files: []*os.File{api}},
+		Hypervisor: "cloud-hypervisor " + prog.version.String() + " (kvm)",
 		State:      st,
 		Close:      func() { api.Close() },
 	}, nil

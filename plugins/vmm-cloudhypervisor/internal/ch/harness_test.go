@@ -66,6 +66,9 @@ type rig struct {
 	dir   string
 	m     *vmmkit.Manager
 	limit time.Duration
+
+	binaries []string // empty: the double
+	driver   *Driver
 }
 
 // newRig makes a plugin on a directory: bin holds the double, the rest is the plugin's.
@@ -101,10 +104,15 @@ func newRig(t *testing.T) *rig {
 
 func (r *rig) open() {
 	r.t.Helper()
-	d, err := New(Config{Binary: filepath.Join(r.dir, "bin", "cloud-hypervisor"), NoKVM: true})
+	binaries := r.binaries
+	if len(binaries) == 0 {
+		binaries = []string{filepath.Join(r.dir, "bin", "cloud-hypervisor")}
+	}
+	d, err := New(Config{Binaries: binaries, NoKVM: true})
 	if err != nil {
 		r.t.Fatal(err)
 	}
+	r.driver = d
 	if r.m, err = vmmkit.Open(r.t.Context(), vmmkit.Options{DataDir: r.dir, Driver: d, Log: hclog.NewNullLogger(), Host: quietHost{}}); err != nil {
 		r.t.Fatal(err)
 	}

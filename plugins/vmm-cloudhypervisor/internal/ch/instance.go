@@ -47,9 +47,10 @@ type instance struct {
 }
 
 var (
-	_ vmmkit.Instance = (*instance)(nil)
-	_ vmmkit.Feeder   = (*instance)(nil)
-	_ vmmkit.Resizer  = (*instance)(nil)
+	_ vmmkit.Instance    = (*instance)(nil)
+	_ vmmkit.Feeder      = (*instance)(nil)
+	_ vmmkit.Resizer     = (*instance)(nil)
+	_ vmmkit.Snapshotter = (*instance)(nil)
 )
 
 // Connect takes hold. A fresh process is given its VM and boots it.
@@ -63,15 +64,25 @@ func (d *Driver) Connect(ctx context.Context, m vmmkit.Machine, fn func(vmmkit.E
 		i.state.NoShutdown = true // found without a record: then a VM that is off can only wait for us
 	}
 	var err error
-	if m.Fresh {
+	switch {
+	case m.Fresh && m.Restore != nil:
+		i.booted = true
+		if err = i.find(ctx); err == nil {
+			err = i.restore(ctx, m)
+		}
+	case m.Fresh:
 		err = i.create(ctx, d, m)
-	} else {
+	default:
 		err = i.find(ctx)
 	}
 	if err == nil {
 		err = i.tail(d, m.Fresh)
 	}
-	if err == nil && m.Fresh && !m.Paused {
+	switch {
+	case err != nil || !m.Fresh || m.Paused:
+	case m.Restore != nil:
+		err = i.c.Put(ctx, "vm.resume", nil, nil)
+	default:
 		err = i.boot(ctx)
 	}
 	if err != nil {
@@ -88,7 +99,10 @@ func (i *instance) create(ctx context.Context, d *Driver, m vmmkit.Machine) erro
 	if err := i.c.Get(ctx, "vmm.ping", &ping); err != nil {
 		return err
 	}
-	v := d.prog.version
+	v, err := parseVersion(i.state.Version)
+	if err != nil {
+		return err
+	}
 	cfg, err := d.config(m, v)
 	if err != nil {
 		return err
@@ -158,7 +172,7 @@ func (i *instance) tail(d *Driver, fresh bool) error {
 
 // past takes an event from before we came.
 func (i *instance) past(e event) {
-	if e.Source == "vm" && e.Event == "booted" {
+	if e.Source == "vm" && (e.Event == "booted" || e.Event == "restored") {
 		i.mu.Lock()
 		i.booted = true
 		i.mu.Unlock()

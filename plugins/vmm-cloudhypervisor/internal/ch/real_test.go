@@ -63,7 +63,7 @@ func realRig(t *testing.T) (*rig, guest.Guest) {
 
 func (r *rig) openReal(bin string) {
 	r.t.Helper()
-	d, err := New(Config{Binary: bin})
+	d, err := New(Config{Binaries: []string{bin}})
 	if err != nil {
 		r.t.Fatal(err)
 	}

@@ -16,6 +16,23 @@ type VMConfig struct {
 	Console  Console   `json:"console"`
 	PVPanic  bool      `json:"pvpanic"`
 	Platform *Platform `json:"platform,omitempty"`
+	Vsock    *Vsock    `json:"vsock,omitempty"`
+	Watchdog bool      `json:"watchdog,omitempty"`
+
+	Landlock      bool           `json:"landlock_enable,omitempty"`
+	LandlockRules []LandlockRule `json:"landlock_rules,omitempty"`
+}
+
+// Vsock is VsockConfig.
+type Vsock struct {
+	CID    uint32 `json:"cid"`
+	Socket string `json:"socket"`
+}
+
+// LandlockRule is LandlockConfig. Access is "r" or "rw", and holds for all below Path, which must exist.
+type LandlockRule struct {
+	Path   string `json:"path"`
+	Access string `json:"access"`
 }
 
 // CPUs is CpusConfig. Nested has no omitempty: its default is true, so off must be said.
@@ -23,6 +40,16 @@ type CPUs struct {
 	Boot   uint32 `json:"boot_vcpus"`
 	Max    uint32 `json:"max_vcpus"`
 	Nested bool   `json:"nested"`
+
+	Topology *Topology `json:"topology,omitempty"`
+}
+
+// Topology is CpuTopology.
+type Topology struct {
+	ThreadsPerCore uint32 `json:"threads_per_core"`
+	CoresPerDie    uint32 `json:"cores_per_die"`
+	DiesPerPackage uint32 `json:"dies_per_package"`
+	Packages       uint32 `json:"packages"`
 }
 
 // Memory is MemoryConfig; sizes are bytes.
@@ -50,6 +77,20 @@ type Disk struct {
 	Serial    string `json:"serial,omitempty"`
 	ImageType string `json:"image_type"`
 	NumQueues uint32 `json:"num_queues,omitempty"`
+
+	RateLimiter *RateLimiter `json:"rate_limiter_config,omitempty"`
+}
+
+// RateLimiter is RateLimiterConfig.
+type RateLimiter struct {
+	Bandwidth *TokenBucket `json:"bandwidth,omitempty"`
+	Ops       *TokenBucket `json:"ops,omitempty"`
+}
+
+// TokenBucket is a bucket of Size tokens, bytes or operations, that fills in RefillTime milliseconds.
+type TokenBucket struct {
+	Size       uint64 `json:"size"`
+	RefillTime uint64 `json:"refill_time"`
 }
 
 // Net is NetConfig. Queues counts receive and transmit queues, two a pair. Descriptors of a TAP travel beside.
@@ -127,4 +168,24 @@ type ResizeDisk struct {
 type Resize struct {
 	CPUs uint32 `json:"desired_vcpus,omitempty"`
 	RAM  uint64 `json:"desired_ram,omitempty"`
+}
+
+// Snapshot is VmSnapshotConfig: a file URL of an empty directory.
+type Snapshot struct {
+	Destination string `json:"destination_url"`
+}
+
+// Restore is RestoreConfig. NetFDs has the NICs whose descriptors come along, in the order of the descriptors;
+// the OpenAPI document does not have it (the server does, since version 43).
+type Restore struct {
+	Source string        `json:"source_url"`
+	Mode   string        `json:"memory_restore_mode,omitempty"`
+	NetFDs []RestoredNet `json:"net_fds,omitempty"`
+	Resume bool          `json:"resume"`
+}
+
+// RestoredNet is a NIC and how many descriptors are its own.
+type RestoredNet struct {
+	ID     string `json:"id"`
+	NumFDs int    `json:"num_fds"`
 }

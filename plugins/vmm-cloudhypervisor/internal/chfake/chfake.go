@@ -261,6 +261,12 @@ func (f *fake) handle(what string, body any, files int) (int, string) {
 		f.state = "Created"
 		return 204, ""
 	}
+	if what == "vm.restore" {
+		if f.state != "" {
+			return no(405, "VM is already created")
+		}
+		return f.restore(body, files)
+	}
 	if f.state == "" {
 		return no(404, "VM is not created")
 	}
@@ -364,6 +370,11 @@ func (f *fake) handle(what string, body any, files int) (int, string) {
 			go f.powerOff()
 		}
 		return 204, ""
+	case "vm.snapshot":
+		if f.state != "Paused" {
+			return no(500, "Trying to snapshot while VM is running")
+		}
+		return f.snapshot(strings.TrimPrefix(text(body, "destination_url"), "file://"))
 	case "vm.reboot":
 		if !live {
 			return no(405, "VM is not running")

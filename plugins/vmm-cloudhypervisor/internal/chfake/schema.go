@@ -1,9 +1,11 @@
 package chfake
 
 import (
+	"encoding/json"
 	"fmt"
 	"math"
 	"os"
+	"reflect"
 	"strings"
 
 	"gopkg.in/yaml.v3"
@@ -61,6 +63,26 @@ func (s *Spec) CheckRequest(method, what string, body any) error {
 		return fmt.Errorf("%s /%s needs a body", method, what)
 	}
 	return s.check("body", schema, body)
+}
+
+// CheckConfig says what is wrong with a VM's configuration that the server reads from a file. Descriptors in it
+// are no part of the document.
+func (s *Spec) CheckConfig(config any) error {
+	b, err := json.Marshal(config)
+	if err != nil {
+		return err
+	}
+	var c map[string]any
+	if err := json.Unmarshal(b, &c); err != nil {
+		return err
+	}
+	nets, _ := c["net"].([]any)
+	for _, n := range nets {
+		if m, ok := n.(map[string]any); ok {
+			delete(m, "fds")
+		}
+	}
+	return s.check("config", s.schemas["VmConfig"], c)
 }
 
 func (s *Spec) check(at string, schema, v any) error {
@@ -124,6 +146,9 @@ func (s *Spec) checkObject(at string, schema, v any) error {
 		}
 	}
 	for k, e := range m {
+		if k == "net_fds" && schemaIs(s.schemas["RestoreConfig"], schema) {
+			continue // the server takes it, the document lacks it
+		}
 		prop := get(schema, "properties", k)
 		if prop == nil {
 			return fmt.Errorf("%s has %q, which the document does not know", at, k)
@@ -133,4 +158,10 @@ func (s *Spec) checkObject(at string, schema, v any) error {
 		}
 	}
 	return nil
+}
+
+func schemaIs(a, b any) bool {
+	x, ok := a.(map[string]any)
+	y, ok2 := b.(map[string]any)
+	return ok && ok2 && reflect.ValueOf(x).Pointer() == reflect.ValueOf(y).Pointer()
 }

@@ -30,9 +30,11 @@ func New() plugin.Program {
 		Needs:   service.Needs{Devices: []string{"/dev/kvm"}, Programs: []string{"cloud-hypervisor"}},
 		Flags: func(fs *pflag.FlagSet) {
 			fs.StringVar(&dataDir, "data-dir", DefaultDataDir, "directory of definitions, kernels and each VM's files")
-			fs.StringVar(&cfg.Binary, "cloud-hypervisor", "", "path of cloud-hypervisor, 51.2 or newer; empty: the installed one")
+			fs.StringArrayVar(&cfg.Binaries, "cloud-hypervisor", nil, "path of cloud-hypervisor, 51.2 or newer; none: the installed one; may be repeated: VMs start with the first, the others restore the snapshots that they wrote")
 			fs.StringVar(&cfg.Firmware, "firmware", "", "path of rust-hypervisor-firmware, for VMs that boot by firmware; empty: look in the usual places")
 			fs.StringVar(&cfg.UEFI, "uefi-firmware", "", "path of CLOUDHV.fd, for VMs that boot by UEFI; empty: look in the usual places")
+			fs.BoolVar(&cfg.Landlock, "landlock", false, "let each hypervisor confine itself to the files that it needs; asks for Linux 6.2")
+			fs.StringArrayVar(&cfg.LandlockPaths, "landlock-path", []string{"/dev", "/var/lib/mvirt", "/run/mvirt"}, "directory below which disks and sockets may be that are plugged into a running VM, with --landlock; may be repeated")
 			fs.StringVar(&cgroup, "cgroup", "", "cgroup v2 directory, writable by this user, in which each VM gets its own; empty: none")
 		},
 		Open: func(ctx context.Context, env plugin.Env) (service.Base, error) {
@@ -48,7 +50,7 @@ func New() plugin.Program {
 			if err != nil {
 				return nil, err
 			}
-			return vmmkit.Resizable{Manager: m}, nil
+			return vmmkit.Snapshotting{Resizable: vmmkit.Resizable{Manager: m}}, nil
 		},
 	}
 }
