@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/mvirt/mvirt/test/system"
 )
@@ -24,7 +25,7 @@ func (s *story) removeAll() error {
 	if count(running, "qemu-system") != 2 || len(running.Links) < 3 || len(running.Namespaces) == 0 || len(running.Tables) == 0 || len(running.Sockets) == 0 {
 		return fmt.Errorf("the demo does not see what runs:\n%s", strings.Join(running.List(), "\n"))
 	}
-	if _, err := s.cli("vm", "stop", "alice", "bob", "--timeout", "30s"); err != nil {
+	if _, err := s.cli("vm", "stop", "alice", "bob", "--timeout", (s.slow * 30 * time.Second).String()); err != nil {
 		return err
 	}
 	for _, v := range s.vms {
@@ -91,6 +92,11 @@ func (s *story) checkNothingLeft() error {
 		return fmt.Errorf("%w:\n%s", errLeft, strings.Join(list, "\n"))
 	}
 	say("no process, link, name space, nftables table, mount, socket or stray file")
+	if s.pool != "" {
+		if err := s.checkPoolEmpty(); err != nil {
+			return err
+		}
+	}
 	// In the state directories: no volume, no template, no VM's directory.
 	for _, pattern := range []string{"storage/volumes/*", "storage/templates/*", "storage/snapshots/*", "storage/.tmp/*", "vmm/vm/*", "vmm/kernels/*", "net/workers/*"} {
 		list, err := filepath.Glob(filepath.Join(s.place.Dir, pattern))

@@ -78,7 +78,7 @@ func (s *story) startVMs() error {
 		if _, err := s.cli("vm", "start", name); err != nil {
 			return err
 		}
-		if _, err := s.sys.Console(s.ctx, name, "", "mvirt-guest: init", bootTime, "--read-only", "--replay", "all"); err != nil {
+		if _, err := s.sys.Console(s.ctx, name, "", "mvirt-guest: init", s.slow*bootTime, "--read-only", "--replay", "all"); err != nil {
 			return err
 		}
 		took := time.Since(begin)
@@ -95,13 +95,23 @@ func (s *story) startVMs() error {
 		}
 		s.vms = append(s.vms, vm{name: name, id: v.ID, addr: v.NICs[0].IPv4})
 	}
+	if s.pool != "" {
+		if err := s.checkClones(); err != nil {
+			return err
+		}
+	}
+	if s.accel != "" {
+		if err := s.checkAccel(); err != nil {
+			return err
+		}
+	}
 	_, err := s.cli("vm", "ls", "-o", "wide")
 	return err
 }
 
 func (s *story) checkGuests() error {
 	for _, v := range s.vms {
-		out, err := s.sys.Console(s.ctx, v.name, "", "login:", bootTime, "--read-only", "--replay", "all")
+		out, err := s.sys.Console(s.ctx, v.name, "", "login:", s.slow*bootTime, "--read-only", "--replay", "all")
 		if err != nil {
 			return err
 		}
@@ -109,11 +119,11 @@ func (s *story) checkGuests() error {
 			// The host name comes from the cloud-init disk that mvirt makes for each VM.
 			return fmt.Errorf("the guest of %s does not call itself so:\n%s", v.name, out)
 		}
-		if _, err := s.sys.Console(s.ctx, v.name, "", "hello from the user data of "+v.name, bootTime, "--read-only", "--replay", "all"); err != nil {
+		if _, err := s.sys.Console(s.ctx, v.name, "", "hello from the user data of "+v.name, s.slow*bootTime, "--read-only", "--replay", "all"); err != nil {
 			return err
 		}
 		// The lease comes in the background of the boot, before or after the prompt.
-		if _, err := s.sys.Console(s.ctx, v.name, "", "mvirt-guest: address eth0 "+v.addr+"/", bootTime, "--read-only", "--replay", "all"); err != nil {
+		if _, err := s.sys.Console(s.ctx, v.name, "", "mvirt-guest: address eth0 "+v.addr+"/", s.slow*bootTime, "--read-only", "--replay", "all"); err != nil {
 			return err
 		}
 		shown, err := s.sys.CLI(s.ctx, "vm", "console", v.name, "--log")
@@ -127,7 +137,7 @@ func (s *story) checkGuests() error {
 		}
 	}
 	for _, v := range s.vms {
-		if _, err := s.sys.Console(s.ctx, v.name, "root\n", "# ", shellTime, "--replay", "0"); err != nil {
+		if _, err := s.sys.Console(s.ctx, v.name, "root\n", "# ", s.slow*shellTime, "--replay", "0"); err != nil {
 			return err
 		}
 	}
@@ -137,14 +147,14 @@ func (s *story) checkGuests() error {
 // shell runs a command in a guest where root is logged in and gives what it printed; it must succeed.
 func (s *story) shell(v vm, command string) (string, error) {
 	// The shell joins the marker's halves, so that the echo of what is typed does not hold it.
-	out, err := s.sys.Console(s.ctx, v.name, command+"; echo exit-''code=$?.\n", "exit-code=", shellTime, "--replay", "0")
+	out, err := s.sys.Console(s.ctx, v.name, command+"; echo exit-''code=$?.\n", "exit-code=", s.slow*shellTime, "--replay", "0")
 	if err != nil {
 		return out, err
 	}
 	// The digit may come in another piece: ask again, for success, without running the command again.
 	if !strings.Contains(out, "exit-code=0") {
 		if strings.HasSuffix(strings.TrimRight(out, "\r\n"), "exit-code=") {
-			if more, err := s.sys.Console(s.ctx, v.name, "", "exit-code=0.", 5*time.Second, "--read-only", "--replay", "4K"); err == nil {
+			if more, err := s.sys.Console(s.ctx, v.name, "", "exit-code=0.", s.slow*5*time.Second, "--read-only", "--replay", "4K"); err == nil {
 				return out + more, nil
 			}
 		}
@@ -184,7 +194,7 @@ func (s *story) checkNetwork() error {
 
 // fetch asks the guest's web server, over TCP from the host; it answers with the guest's name.
 func (s *story) fetch(v vm) error {
-	c := http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, Proxy: nil, DialContext: (&net.Dialer{Timeout: 10 * time.Second}).DialContext}}
+	c := http.Client{Timeout: s.slow * 20 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, Proxy: nil, DialContext: (&net.Dialer{Timeout: s.slow * 10 * time.Second}).DialContext}}
 	url := "http://" + net.JoinHostPort(v.addr, "8080") + "/"
 	r, err := c.Get(url)
 	if err != nil {

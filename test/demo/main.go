@@ -4,11 +4,15 @@
 //
 // It needs no answer from anybody, can be run again and again, and begins by removing what an earlier run
 // left that was killed.
+//
+// In the lab the same story is told with -zfs-pool: then the volumes are zvols of that pool, which is empty when
+// the story ends, but for what mvirt keeps there of its own.
 package main
 
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"os/signal"
@@ -28,9 +32,16 @@ func main() {
 func run() int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
-	ctx, cancel := context.WithTimeout(ctx, 15*time.Minute)
+	s := &story{place: system.RootPlace("demo"), start: time.Now()}
+	flag.StringVar(&s.pool, "zfs-pool", "", "keep volumes in this ZFS pool, by storage-zfs, instead of a directory")
+	flag.StringVar(&s.guestDir, "guest", "", "take the guest that mkguest has put here instead of making one")
+	slow := flag.Int("slow", 1, "how many times slower than usual the machine may be")
+	flag.StringVar(&s.accel, "want-accel", "", "fail unless guests run by this accelerator (kvm or tcg)")
+	flag.Parse()
+	s.slow = time.Duration(max(*slow, 1))
+	ctx, cancel := context.WithTimeout(ctx, s.slow*15*time.Minute)
 	defer cancel()
-	s := &story{ctx: ctx, place: system.RootPlace("demo"), start: time.Now()}
+	s.ctx = ctx
 	err := s.tell()
 	if err != nil {
 		fmt.Printf("\ndemo: FAILED: %v\n", err)
@@ -53,7 +64,12 @@ type story struct {
 	start  time.Time
 	toInit time.Duration
 	spaces []string // network name spaces that were seen
-	vms    []vm
+
+	pool     string // of ZFS; "": volumes are files
+	guestDir string // with a guest that is ready; "": one is made
+	accel    string
+	slow     time.Duration // factor on every limit of time
+	vms      []vm
 }
 
 type vm struct{ name, id, addr string }
@@ -143,8 +159,10 @@ func (s *story) cleanUp() {
 }
 
 func (s *story) makeGuest() (err error) {
-	s.guest, err = guest.Build(s.ctx, say)
-	if err != nil {
+	if s.guestDir != "" {
+		file := func(name string) string { return filepath.Join(s.guestDir, name) }
+		s.guest = guest.Guest{Dir: s.guestDir, Kernel: file("vmlinuz"), Initramfs: file("initramfs.cpio"), RootQcow2: file("root.qcow2")}
+	} else if s.guest, err = guest.Build(s.ctx, say); err != nil {
 		return err
 	}
 	for _, f := range []string{s.guest.Kernel, s.guest.Initramfs, s.guest.RootQcow2} {
@@ -162,7 +180,13 @@ func (s *story) startSystem() (err error) {
 	if err != nil {
 		return err
 	}
-	s.sys, err = system.Start(s.ctx, system.Options{Place: s.place, Bin: filepath.Dir(bin)})
+	opt := system.Options{Place: s.place, Bin: filepath.Dir(bin), Patience: s.slow * 30 * time.Second, Config: s.configure}
+	if s.pool != "" {
+		if err := s.copyZFS(opt.Bin); err != nil {
+			return err
+		}
+	}
+	s.sys, err = system.Start(s.ctx, opt)
 	if err != nil {
 		return err
 	}
@@ -179,7 +203,7 @@ func (s *story) startSystem() (err error) {
 		users[p.User] = true
 	}
 	for _, u := range []string{"root", "mvirt", "mvirt-vmm", "mvirt-log", "mvirt-dir"} {
-		if !users[u] {
+		if !users[u] && (u != "mvirt-dir" || s.pool == "") { // storage-zfs is root's: the ZFS module asks for it
 			return fmt.Errorf("no process runs as user %s", u)
 		}
 	}

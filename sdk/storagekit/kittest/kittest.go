@@ -19,6 +19,9 @@ type Story struct {
 	Service storage.Service
 	Image   string // path of an image to import
 	Seed    int    // tells the objects of one story from those of another
+	// From is the step to go on at, for who repeats only the request that was interrupted; Began is told of each.
+	From  int
+	Began func(step int)
 }
 
 const size = 10 << 20
@@ -160,6 +163,12 @@ func (s *Story) Play(ctx context.Context) error {
 		func() error { return sv.DeleteVolume(ctx, storage.DeleteVolumeRequest{Ref: vol, WithSnapshots: true}) },
 	}
 	for i, f := range steps {
+		if i < s.From {
+			continue
+		}
+		if s.Began != nil {
+			s.Began(i)
+		}
 		if err := f(); err != nil {
 			return fmt.Errorf("step %d: %w", i, err)
 		}

@@ -34,7 +34,7 @@ func Main([]string) int {
 		fmt.Fprintln(os.Stderr, "mvirt worker: started by hand? It is run by its plugin only:", err)
 		return 1
 	}
-	c := &child{ctl: ctl}
+	c := &child{ctl: ctl, early: make(chan span, 64)}
 	c.cond.L = &c.mu
 	size, err := c.run()
 	m := message{Kind: kindDone, Size: size, Wrote: c.wrote.Load()}
@@ -56,6 +56,7 @@ type child struct {
 	dense  bool
 	wrote  atomic.Int64
 	dirty  atomic.Int64 // written to a device and perhaps not there yet
+	early  chan span    // written to a file: what flush begins to bring to the disk
 
 	mu      sync.Mutex
 	cond    sync.Cond
@@ -94,6 +95,7 @@ func (c *child) run() (int64, error) {
 	stop := make(chan struct{})
 	defer close(stop)
 	go c.tell(stop)
+	go c.flush(stop)
 	scratch := func() (*os.File, error) { return os.NewFile(scratchFD, "scratch"), nil }
 	size, err := image.Convert(ctx, c, c, scratch, m.Limits, c)
 	if err != nil {
@@ -229,6 +231,12 @@ func (c *child) tell(stop <-chan struct{}) {
 // WriteAt writes to the target, waiting for it the first time.
 func (c *child) WriteAt(p []byte, off int64) (int, error) {
 	n, err := c.target.WriteAt(p, off)
+	if err == nil && !c.block {
+		select {
+		case c.early <- span{off, int64(n)}:
+		default: // the disk is slower; the sync at the end finds it
+		}
+	}
 	if err == nil && c.block && c.dirty.Add(int64(n)) >= writeBehind {
 		c.dirty.Store(0)
 		err = unix.SyncFileRange(int(c.target.Fd()), 0, 0,
@@ -238,6 +246,34 @@ func (c *child) WriteAt(p []byte, off int64) (int, error) {
 		return n, fmt.Errorf("write the disk: %w", err)
 	}
 	return n, nil
+}
+
+// span is a part of the target.
+type span struct{ off, n int64 }
+
+// flush lets the kernel begin to write to the disk what the conversion has written to the file. It would do so by
+// itself only much later, and all of it would be waited for at the end. Spans are gathered to be worth a call.
+func (c *child) flush(stop <-chan struct{}) {
+	const enough = 8 << 20
+	var gathered, lowest, highest int64
+	for {
+		select {
+		case <-stop:
+			return
+		case s := <-c.early:
+			if gathered == 0 {
+				lowest, highest = s.off, s.off+s.n
+			}
+			gathered += s.n
+			lowest, highest = min(lowest, s.off), max(highest, s.off+s.n)
+			if gathered < enough {
+				continue
+			}
+			// What goes wrong here goes wrong again in the sync at the end, which is asked.
+			_ = unix.SyncFileRange(int(c.target.Fd()), lowest, highest-lowest, unix.SYNC_FILE_RANGE_WRITE)
+			gathered = 0
+		}
+	}
 }
 
 // writeBehind is how much is written to a device before it is waited for. Without that a whole image would

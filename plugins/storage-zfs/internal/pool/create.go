@@ -20,6 +20,9 @@ const volmode = "volmode=dev"
 // and goes with the clone.
 func hidden(id string) string { return "@.clone-" + id }
 
+// isHidden tells whether name is a snapshot of hidden, also of a second one (see unused).
+func isHidden(name, id string) bool { return strings.Contains(name, hidden(id)) }
+
 // roundUp makes size a multiple of a block: ZFS takes no other volume sizes.
 func roundUp(size uint64, block uint32) uint64 {
 	b := uint64(block)
@@ -55,8 +58,11 @@ func (b *Backend) Create(ctx context.Context, o storagekit.Object, from *storage
 	case storagekit.KindSnapshot:
 		snapshot = source
 	default:
-		snapshot = source + hidden(o.ID)
-		if err := b.zfs.Change(ctx, "zfs", "snapshot", "-o", propKind+"="+kindGone, snapshot); err != nil {
+		snapshot, err = b.unused(func(n string) (string, error) {
+			name := source + hidden(o.ID) + n
+			return name, b.zfs.Change(ctx, "zfs", "snapshot", "-o", propKind+"="+kindGone, name)
+		})
+		if err != nil {
 			return o, zfscmd.Kinded(err, "cannot take a snapshot of "+from.Name)
 		}
 		b.step("zfs:create:hidden")
@@ -189,9 +195,9 @@ func (b *Backend) Undo(ctx context.Context, o storagekit.Object) error {
 		name, id, kind, origin := r[0], r[1], r[2], r[3]
 		switch {
 		case name == b.dataset(tmpDataset, o.ID):
-		case strings.HasSuffix(name, hidden(o.ID)):
+		case isHidden(name, o.ID):
 		case b.ours(row{name, id, kind}) && id == o.ID && kind == o.Kind && b.depth(name):
-		case name == b.home(o.Kind, o.Name) && id == "-" && origin != "-" && (ids[origin] == o.OriginID || strings.HasSuffix(origin, hidden(o.ID))):
+		case name == b.home(o.Kind, o.Name) && id == "-" && origin != "-" && (ids[origin] == o.OriginID || isHidden(origin, o.ID)):
 			// A host that died between the two halves of a clone leaves it without properties.
 		default:
 			continue
@@ -201,7 +207,8 @@ func (b *Backend) Undo(ctx context.Context, o storagekit.Object) error {
 	// Volumes before the hidden snapshots that they are clones of.
 	slices.SortFunc(doomed, func(x, y string) int { return strings.Count(x, "@") - strings.Count(y, "@") })
 	for _, name := range doomed {
-		args := []string{"zfs", "destroy", name}
+		// A hidden snapshot may be that of something else with this id, which was deleted and has clones.
+		args := []string{"zfs", "destroy", "-d", name}
 		if !strings.Contains(name, "@") {
 			args = []string{"zfs", "destroy", "-r", name} // with the @img that it may have
 		}

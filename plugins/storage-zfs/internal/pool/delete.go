@@ -3,6 +3,7 @@ package pool
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -51,12 +52,27 @@ func (b *Backend) deleteSnapshot(ctx context.Context, o storagekit.Object, name 
 		return zfscmd.Kinded(err, "cannot destroy the snapshot")
 	}
 	volume, _, _ := strings.Cut(name, "@")
-	hide := volume + "@.gone-" + o.ID
-	if err := b.zfs.Change(ctx, "zfs", "rename", name, hide); err != nil {
+	hide, err := b.unused(func(n string) (string, error) {
+		hide := volume + "@.gone-" + o.ID + n
+		return hide, b.zfs.Change(ctx, "zfs", "rename", name, hide)
+	})
+	if err != nil {
 		return zfscmd.Kinded(err, "cannot hide the snapshot")
 	}
 	b.step("zfs:delete:hidden")
 	return b.giveUp(ctx, hide)
+}
+
+// unused calls fn, which makes a name that begins with an id, until the name is not taken: by what had the same id
+// before, was deleted, and still has clones. n is empty first, then "-2", "-3" and so on.
+func (b *Backend) unused(fn func(n string) (string, error)) (name string, err error) {
+	const most = 100
+	for i, n := 2, ""; ; i, n = i+1, fmt.Sprintf("-%d", i) {
+		name, err = fn(n)
+		if i > most || !zfscmd.Is(err, zfscmd.Exists) {
+			return name, err
+		}
+	}
 }
 
 // giveUp lets a snapshot go with its last clone.
@@ -92,8 +108,11 @@ func (b *Backend) deleteVolume(ctx context.Context, o storagekit.Object, name st
 		return errs.New(errs.Precondition, "the %s has snapshots that mvirt did not make: %s", o.Kind, strings.Join(foreign, ", ")).
 			Because("HAS_SNAPSHOTS").Do("destroy them with zfs destroy, then delete the " + o.Kind)
 	}
-	hide := b.dataset(tmpDataset, o.ID+".gone")
-	if err := b.zfs.Change(ctx, "zfs", "rename", name, hide); err != nil {
+	_, err = b.unused(func(n string) (string, error) {
+		hide := b.dataset(tmpDataset, o.ID+n+".gone")
+		return hide, b.zfs.Change(ctx, "zfs", "rename", name, hide)
+	})
+	if err != nil {
 		return zfscmd.Kinded(err, "cannot hide the "+o.Kind)
 	}
 	b.step("zfs:delete:hidden")

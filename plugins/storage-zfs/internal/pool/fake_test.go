@@ -273,7 +273,7 @@ func (p *fakePool) list(args []string) (string, error) {
 	if len(names) == 1 {
 		root = names[0]
 	}
-	if p.Sets[root] == nil {
+	if pool, _, _ := strings.Cut(root, "/"); p.Sets[root] == nil || pool != p.Name {
 		return "", fmt.Errorf("cannot open '%s': dataset does not exist", root)
 	}
 	depth := 1 << 30

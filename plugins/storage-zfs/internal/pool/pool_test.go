@@ -107,6 +107,13 @@ func TestKillAtEveryStep(t *testing.T) {
 	}
 }
 
+// TestRepeatIDs is TestRealKillRepeat on the stand-in.
+func TestRepeatIDs(t *testing.T) {
+	dir := fakeTools(t, "tank")
+	repeatIDs(t, openFake(t, dir, kitOptions()))
+	same(t, fakeDatasets(dir))
+}
+
 // TestStates: what the pool's state means to who asks.
 func TestStates(t *testing.T) {
 	for name, c := range map[string]struct {
@@ -125,8 +132,12 @@ func TestStates(t *testing.T) {
 			c.change(p)
 			p.save()
 			s := openFake(t, dir, kitOptions())
-			_, err := s.ListVolumes(t.Context())
+			_, err := s.CreateVolume(t.Context(), storage.CreateVolumeRequest{ID: ident.New(), Name: "v", SizeBytes: mib})
 			want(t, err, errs.Unavailable)
+			// What is there can be looked at.
+			if _, err := s.ListVolumes(t.Context()); (err == nil) != (name != "missing") {
+				t.Errorf("list: %v", err)
+			}
 			h := must(s.Health(t.Context()))(t)
 			if len(h.Conditions) != 1 || h.Conditions[0].Remedy == "" || !strings.Contains(h.Conditions[0].Text, "tank") {
 				t.Errorf("%+v", h)

@@ -12,9 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -31,8 +29,6 @@ import (
 // These tests need OpenZFS and root; they make pools of their own on files. The lab has both.
 
 var figureVolumes = flag.Int("figure-volumes", 60, "volumes that TestRealFigures lists; each takes half a second to make in the lab")
-
-var crashPoints = flag.Int("crash-points", 20, "random places at which TestRealKill kills the plugin")
 
 const mib = 1 << 20
 
@@ -473,98 +469,4 @@ func TestRealFigures(t *testing.T) {
 	}
 	fmt.Printf("figure list_1000_vs_zfs_list %.2f ratio aim <= 1.2\n", ratio(ours, bare))
 	fmt.Printf("# measured with %d volumes\n", *figureVolumes)
-}
-
-// crashChild plays the story on a pool and kills itself at the n-th fail point.
-func crashChild(args []string) int {
-	n, err := strconv.ParseInt(args[2], 10, 64)
-	if err != nil {
-		return 3
-	}
-	seed, err := strconv.Atoi(args[3])
-	if err != nil {
-		return 3
-	}
-	var passed atomic.Int64
-	o := kitOptions()
-	o.FailPoint = func(name string) {
-		if passed.Add(1) == n {
-			fmt.Println(name)
-			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
-			select {}
-		}
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
-	defer cancel()
-	var s *storagekit.Service
-	if dir, ok := strings.CutPrefix(args[0], "fake:"); ok {
-		s, err = fakeService(ctx, dir, o)
-	} else {
-		var b *Backend
-		if b, err = New(Options{Pool: args[0], Step: o.FailPoint}); err == nil {
-			s, err = storagekit.Open(ctx, b, o)
-		}
-	}
-	if err != nil {
-		fmt.Println(err)
-		return 3
-	}
-	story := kittest.Story{Service: s, Image: args[1], Seed: seed}
-	if err := story.Play(ctx); err != nil {
-		fmt.Println(err)
-		return 2
-	}
-	if err := s.Shutdown(ctx); err != nil {
-		return 3
-	}
-	fmt.Println(passed.Load())
-	return 0
-}
-
-// TestRealKill kills the plugin at random places and looks whether all can go on and nothing is left.
-func TestRealKill(t *testing.T) {
-	pool := realPool(t, 2<<30)
-	image := filepath.Join(t.TempDir(), "image")
-	os.WriteFile(image, noise(3*mib), 0o600)
-	out, err := exec.Command("/proc/self/exe", "crash-child", pool, image, "-1", "0").CombinedOutput()
-	if err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-	places, err := strconv.Atoi(strings.TrimSpace(string(out)))
-	if err != nil {
-		t.Fatalf("%s", out)
-	}
-	same(t, datasets(t, pool))
-	seed := uint64(time.Now().UnixNano())
-	r := rand.New(rand.NewPCG(seed, 0))
-	t.Logf("%d places, seed %d", places, seed)
-	for i := range *crashPoints {
-		n := r.IntN(places) + 1
-		out, err := exec.Command("/proc/self/exe", "crash-child", pool, image, strconv.Itoa(n), strconv.Itoa(i+1)).CombinedOutput()
-		if err == nil {
-			t.Errorf("place %d was not reached", n)
-		} else if ws, ok := err.(*exec.ExitError).Sys().(syscall.WaitStatus); !ok || !ws.Signaled() {
-			t.Fatalf("place %d: %v: %s", n, err, out)
-		}
-		s := open(t, pool, kitOptions())
-		if h := must(s.Health(t.Context()))(t); len(h.Conditions) > 0 {
-			t.Errorf("killed at %s: %+v", out, h)
-		}
-		for _, v := range must(s.ListVolumes(t.Context()))(t) {
-			if v.State != storage.StateReady {
-				t.Errorf("killed at %s: %s: %s", out, v.Name, v.StateReason)
-			}
-		}
-		story := kittest.Story{Service: s, Image: image, Seed: i + 1}
-		if err := story.Play(t.Context()); err != nil {
-			t.Errorf("killed at %s: the story cannot go on: %v", out, err)
-		}
-		if left := datasets(t, pool); len(left) > 0 {
-			t.Errorf("killed at %s: %q is left", out, left)
-		}
-		shut(t, s)
-		if t.Failed() {
-			return
-		}
-	}
 }

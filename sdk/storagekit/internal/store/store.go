@@ -382,6 +382,18 @@ func (s *Store) List(kind string) []Object {
 	return l
 }
 
+// All returns all objects of one moment, by id.
+func (s *Store) All() []Object {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	l := make([]Object, 0, len(s.objects))
+	for _, o := range s.objects {
+		l = append(l, o.Clone())
+	}
+	slices.SortFunc(l, func(a, b Object) int { return strings.Compare(a.ID, b.ID) })
+	return l
+}
+
 // Intents returns all changes that were begun and are not settled.
 func (s *Store) Intents() []Intent {
 	s.mu.RLock()
@@ -417,12 +429,4 @@ func (s *Store) Imports() []Import {
 		return strings.Compare(a.ID, b.ID)
 	})
 	return l
-}
-
-// Copy gives fn a transaction that sees one moment of the file, for a backup.
-func (s *Store) Copy(fn func(tx *bolt.Tx) error) error {
-	if s.db == nil {
-		return s.cause
-	}
-	return s.db.View(fn)
 }

@@ -184,7 +184,8 @@ func stage(ctx context.Context, source, dir string, only []string, systemd bool)
 		if err != nil {
 			return 0, err
 		}
-		cmd := exec.CommandContext(ctx, "go", "test", "-c", "-o", abs, pkg)
+		cmd := exec.CommandContext(ctx, goTool(), "test", "-c", "-o", abs, pkg)
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 		cmd.Dir, cmd.Stderr = repo, os.Stderr
 		if err := cmd.Run(); err != nil {
 			return 0, fmt.Errorf("compiling the tests of %s: %w", pkg, err)
@@ -204,15 +205,40 @@ func stage(ctx context.Context, source, dir string, only []string, systemd bool)
 			return 0, err
 		}
 	}
-	mk := exec.CommandContext(ctx, "go", "run", "./test/guest/cmd/mkguest", "--out", filepath.Join(dir, "guest"))
+	mk := exec.CommandContext(ctx, goTool(), "run", "./test/guest/cmd/mkguest", "--out", filepath.Join(dir, "guest"))
 	mk.Dir, mk.Stderr = repo, os.Stderr
 	if err := mk.Run(); err != nil {
 		return 0, fmt.Errorf("building the guest that tests boot: %w", err)
 	}
-	if err := os.WriteFile(filepath.Join(dir, "tests", ".no-skip"), []byte(os.Getenv("MVIRT_LAB_NO_SKIP")), 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, "tests", ".env"), []byte(settings(os.Environ())), 0o644); err != nil {
 		return 0, err
 	}
 	return chosen, link(filepath.Join(source, "tests", "run"), "run")
+}
+
+// goTool is the go command: $GO, as make has it, else that of the PATH.
+func goTool() string {
+	if g := os.Getenv("GO"); g != "" {
+		return g
+	}
+	return "go"
+}
+
+// carried are prefixes of the variables that tests inside see.
+var carried = [...]string{"MVIRT_LAB_", "MVIRT_CRASH_"}
+
+// settings are those variables as lines of shell.
+func settings(environ []string) string {
+	var b strings.Builder
+	for _, e := range environ {
+		name, value, _ := strings.Cut(e, "=")
+		for _, prefix := range carried {
+			if strings.HasPrefix(name, prefix) {
+				fmt.Fprintf(&b, "export %s='%s'\n", name, strings.ReplaceAll(value, "'", `'\''`))
+			}
+		}
+	}
+	return b.String()
 }
 
 func contains(list []string, s string) bool {
