@@ -42,8 +42,9 @@ type cursor struct {
 	time int64
 	id   []byte
 
-	err     error // the first damage; the walk goes on behind it
-	damaged int   // blocks that could not be read
+	seen    uint64 // rows looked at
+	err     error  // the first damage; the walk goes on behind it
+	damaged int    // blocks that could not be read
 	done    bool
 }
 
@@ -173,6 +174,7 @@ func (c *cursor) next() bool {
 			continue
 		}
 		c.row += step
+		c.seen++
 		c.at = row % block.Rows
 		c.time = c.blk.Time(c.at)
 		if c.time < c.lo || c.time > c.hi {

@@ -40,6 +40,13 @@ func newMatcher(q *log.Query) *matcher {
 	return m
 }
 
+// clone is a matcher for another goroutine.
+func (m *matcher) clone() *matcher {
+	c := *m
+	c.msg, c.shapes = nil, nil
+	return &c
+}
+
 // decision tells for each shape and component of a block whether all (1), none (-1) or some (0) of its entries
 // match.
 type decision struct{ shapes, comps []int8 }

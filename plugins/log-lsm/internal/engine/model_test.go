@@ -259,7 +259,7 @@ func compare(t testing.TB, q log.Query, got []log.Result, want []log.Entry) {
 
 // testOptions are a small store in memory.
 func testOptions(fs vfs.FS) Options {
-	return Options{Dir: "/log", FS: fs, CacheSize: 4 << 20, SegmentRows: 300, PollDisk: time.Hour, Retention: Retention{Every: time.Hour}}
+	return Options{Dir: "/log", FS: fs, CacheSize: 4 << 20, SegmentRows: 300, searchFrom: 200, PollDisk: time.Hour, Retention: Retention{Every: time.Hour}}
 }
 
 func mustOpen(t testing.TB, o Options) *Store {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -74,7 +75,7 @@ func (s *Store) pebbleOptions() *pebble.Options {
 func Open(opt Options) (*Store, error) {
 	opt.defaults()
 	s := &Store{opt: opt, log: opt.Log, seed: maphash.MakeSeed(), reqs: make(chan *request, 1024), synced: make(chan *group, 8),
-		done: make(chan struct{}), stopped: make(chan struct{}), fsDone: make(chan struct{}), sealing: make(chan struct{}, 1), trims: make(chan struct{}, 1), follows: map[*follower]struct{}{}}
+		done: make(chan struct{}), stopped: make(chan struct{}), fsDone: make(chan struct{}), sealing: make(chan struct{}, 1), searchers: make(chan struct{}, max(2, runtime.GOMAXPROCS(0))), trims: make(chan struct{}, 1), follows: map[*follower]struct{}{}}
 	s.roomy = sync.NewCond(&s.mu)
 	s.conds.now = opt.Now
 	s.fs = steadyfs.New(opt.FS, 100*time.Millisecond, s.fsDone, s.diskFull)

@@ -44,6 +44,12 @@ type query struct {
 	blocks int
 	m      *merger // while merging
 	index  map[epochKey]*epoch
+
+	ahead    map[*segment]opened // read before their turn
+	searches []*search           // of the segments that come next
+	walks    []*cursor           // opened without an index
+	searched uint64              // rows of the segments that were searched ahead
+	given    uint64              // entries handed over
 }
 
 // wanted is an object that is asked for.
@@ -281,7 +287,7 @@ func (q *query) merge(sn *snapshot, part *place) error {
 	}
 	m := &merger{asc: q.asc}
 	q.m = m
-	defer func() { m.close(q); q.m = nil }()
+	defer func() { q.dropAhead(); m.close(q); q.m = nil }()
 	for i := range sn.views {
 		v := &sn.views[i]
 		if !q.levels[v.Level] {
@@ -305,7 +311,7 @@ func (q *query) merge(sn *snapshot, part *place) error {
 					break
 				}
 			}
-			c, err := q.openSegment(pending[0], part)
+			c, err := q.take(pending, part)
 			if err != nil {
 				return err
 			}
@@ -454,6 +460,7 @@ func (q *query) give(src source) error {
 		return nil
 	}
 	t, id := src.key()
+	q.given++
 	q.add(log.Result{Entry: e, PageToken: token(t, id, q.part)})
 	if len(q.batch) >= batchResults || q.size >= batchBytes {
 		return q.flush()

@@ -72,6 +72,8 @@ type Options struct {
 	Retention Retention
 	// ReadOnly opens for queries, Verify and Check; nothing is written.
 	ReadOnly bool
+	// searchFrom is how many rows a query by text walks before it searches several segments at once; 8,192.
+	searchFrom uint64
 	// OnPanic is called, for tests, instead of ending the process when Pebble cannot go on.
 	OnPanic func(string)
 }
@@ -91,6 +93,8 @@ type Store struct {
 	objects *dict.Objects
 	shapes  *dict.Shapes
 	unpack  *unpackers
+
+	searchers chan struct{} // room for each goroutine that searches segments by text
 
 	reqs    chan *request
 	synced  chan *group
@@ -163,6 +167,9 @@ func (o *Options) defaults() {
 	}
 	if o.CacheSize == 0 {
 		o.CacheSize = 64 << 20
+	}
+	if o.searchFrom == 0 {
+		o.searchFrom = 8192
 	}
 	if o.SegmentRows == 0 || o.SegmentRows > maxRows {
 		o.SegmentRows = maxRows
