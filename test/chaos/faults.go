@@ -144,7 +144,14 @@ func (c *chaos) oneFault(ctx context.Context, n int) error {
 		}
 	}
 	if err != nil {
-		return fmt.Errorf("fault %d (%s): not managed again after %v: %w", n, strings.Join(words, " + "), managedMost, err)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		c.fault("fault %d (%s): not managed again after %v: %v", n, strings.Join(words, " + "), managedMost, err)
+		if len(c.wrong) > 5 {
+			return errors.New("too much is wrong to go on")
+		}
+		return nil
 	}
 	c.say("%4d  %-40s managed after %6.0f ms, %5.0f ms after the last process was up", n, strings.Join(words, " + "), ms(took.total), ms(took.ready))
 	c.again = append(c.again, took.total)

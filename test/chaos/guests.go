@@ -119,7 +119,7 @@ func (c *chaos) shell(ctx context.Context, g *guestVM, command string) (string, 
 	if strings.HasSuffix(command, "&") {
 		sep = ""
 	}
-	out, err := c.sys.sys.Console(ctx, g.name, "echo beg''in. ; "+command+sep+" echo exit-''code=$?.end\n", ".end", shellTime, "--replay", "0")
+	out, err := c.sys.sys.Console(ctx, g.name, "echo beg''in. ; "+command+sep+" echo exit-''code=$?.e''nd\n", ".end", shellTime, "--replay", "0")
 	if err != nil {
 		return out, err
 	}

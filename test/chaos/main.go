@@ -17,6 +17,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"strings"
@@ -94,8 +95,8 @@ func run(o options) int {
 	}
 	if len(c.wrong) > 0 && o.keep {
 		saved := filepath.Join(os.TempDir(), fmt.Sprintf("chaos-%d", o.seed))
-		if err := os.CopyFS(saved, os.DirFS(c.place().Dir)); err != nil {
-			fmt.Println("chaos: keeping the files:", err)
+		if out, err := exec.Command("cp", "-a", c.place().Dir, saved).CombinedOutput(); err != nil {
+			fmt.Printf("chaos: keeping the files: %v: %s\n", err, out)
 		}
 		fmt.Println("chaos: the files are kept in", saved)
 	}

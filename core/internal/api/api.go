@@ -11,10 +11,14 @@ package api
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"log/slog"
+	"net"
+	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -22,6 +26,7 @@ import (
 	"github.com/mvirt/mvirt/core/apiv1"
 	"github.com/mvirt/mvirt/core/internal/api/peer"
 	"github.com/mvirt/mvirt/core/internal/audit"
+	"github.com/mvirt/mvirt/core/internal/authz"
 	"github.com/mvirt/mvirt/core/internal/bus"
 	"github.com/mvirt/mvirt/core/internal/config"
 	"github.com/mvirt/mvirt/core/internal/consolelog"
@@ -54,7 +59,6 @@ type Options struct {
 	Supervisor Supervisor
 	Health     *health.Tracker
 	Log        *slog.Logger // nil: slog.Default
-	Policy     Policy       // nil: whoever can open the socket may do everything
 	Version    string       // "" : version.Version
 }
 
@@ -68,7 +72,9 @@ type Server struct {
 	net     supervisor.Net
 	vmm     supervisor.VMM
 	logs    supervisor.Log
-	policy  Policy
+	access  *authz.Policy
+	tls     *tls.Config // nil: not over TCP
+	remote  atomic.Pointer[net.Listener]
 	users   peer.Names
 	started time.Time
 
@@ -92,19 +98,19 @@ func New(opt Options) (*Server, error) {
 	if opt.Log == nil {
 		opt.Log = slog.Default()
 	}
-	if opt.Policy == nil {
-		opt.Policy = SocketPolicy{}
-	}
 	if opt.Version == "" {
 		opt.Version = version.Version
 	}
 	sup := opt.Supervisor
 	s := &Server{opt: opt, log: opt.Log, health: opt.Health, sup: sup, storage: sup.Storage(), net: sup.Net(), vmm: sup.VMM(), logs: sup.Log(),
-		policy: opt.Policy, started: time.Now()}
+		access: authz.New(opt.Config.Access, uint32(os.Geteuid())), started: time.Now()}
 	s.lookup.s = s
 	s.files.table = fdpass.NewTable()
 	dir := opt.Config.Core.StateDir
 	var err error
+	if s.tls, err = tlsConfig(opt.Config.TLS); err != nil {
+		return nil, err
+	}
 	s.audit, err = audit.Open(audit.Options{Dir: filepath.Join(dir, "spool"), Limit: opt.Config.Core.SpoolLimit, To: s.logs, Log: opt.Log, Trouble: s.trouble})
 	if err != nil {
 		return nil, err
@@ -166,14 +172,21 @@ func (s *Server) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	remote, err := s.listenTCP()
+	if err != nil {
+		api.Close()
+		return err
+	}
 	files, err := s.files.listen(s.opt.Config.Core)
 	if err != nil {
 		api.Close()
+		closeListener(remote)
 		return err
 	}
 	found, err := s.engine.Recover(ctx)
 	if err != nil {
 		api.Close()
+		closeListener(remote)
 		files()
 		return err
 	}
@@ -184,8 +197,11 @@ func (s *Server) Run(ctx context.Context) error {
 	s.tasks.Go(func() { s.recon.Run(rctx) })
 	s.tasks.Go(func() { s.watchHealth(rctx) })
 
-	serving := make(chan error, 1)
+	serving := make(chan error, 2)
 	go func() { serving <- s.grpc.Serve(api) }()
+	if remote != nil {
+		go func() { serving <- s.grpc.Serve(remote) }()
+	}
 	select {
 	case <-ctx.Done():
 		err = nil

@@ -97,13 +97,14 @@ func (s *sup) up(k service.Kind) {
 
 // core is a core that serves on a socket, and a client of it.
 type core struct {
-	t      *testing.T
+	t      testing.TB
 	sup    *sup
 	dir    string
 	srv    *Server
 	health *health.Tracker
 	conn   *grpc.ClientConn
 	stop   func()
+	tweak  func(*config.Config) // before the start; may be nil
 
 	vms       apiv1.VMsClient
 	volumes   apiv1.VolumesClient
@@ -116,7 +117,8 @@ type core struct {
 	ops       apiv1.OperationsClient
 }
 
-func newCore(t *testing.T) *core {
+func newCore(t *testing.T) *core { return newCoreTB(t) }
+func newCoreTB(t testing.TB) *core {
 	c := &core{t: t, sup: newSup(), dir: t.TempDir(), health: &health.Tracker{}}
 	c.start()
 	t.Cleanup(func() { c.stop() })
@@ -126,6 +128,9 @@ func newCore(t *testing.T) *core {
 func (c *core) start() {
 	c.t.Helper()
 	cfg := &config.Config{Core: config.Core{Socket: filepath.Join(c.dir, "m.sock"), SocketMode: 0o660, StateDir: filepath.Join(c.dir, "state"), StopTimeout: 5 * time.Second}}
+	if c.tweak != nil {
+		c.tweak(cfg)
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	c.sup.ctx, c.sup.onUp = ctx, map[service.Kind][]func(context.Context){}
 	srv, err := New(Options{Config: cfg, Supervisor: c.sup, Health: c.health, Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Version: "test"})

@@ -50,6 +50,9 @@ func (s *Server) takeFile(ctx context.Context, field, token string) (*os.File, e
 	if token == "" {
 		return nil, nil
 	}
+	if callerOf(ctx).peer.Remote {
+		return nil, errs.Field(field, "give a URL, or call on the host itself", "files are handed over on the host's own socket only")
+	}
 	files, err := s.files.table.Take(callerOf(ctx).peer.UID, token)
 	if err != nil {
 		return nil, errs.Field(field, "hand the file over on fd.sock beside the API socket; a token works once, for the same user, and for half a minute",

@@ -17,6 +17,7 @@ import (
 
 	"github.com/mvirt/mvirt/core/apiv1"
 	"github.com/mvirt/mvirt/core/internal/api/peer"
+	"github.com/mvirt/mvirt/core/internal/authz"
 	"github.com/mvirt/mvirt/core/internal/operation"
 	"github.com/mvirt/mvirt/core/internal/operation/plan"
 	"github.com/mvirt/mvirt/sdk/errs"
@@ -27,21 +28,11 @@ import (
 // Limits of the API.
 const (
 	maxMessage = 16 << 20 // far above any request; a list of 20,000 VMs fits
-	readTime   = 30 * time.Second
-	changeTime = 30 * time.Minute // of a call that changes something and has no deadline: a clone on a slow disk, a stop that waits
+	// writeBuffer takes the list of 1,000 VMs in few writes.
+	writeBuffer = 256 << 10
+	readTime    = 30 * time.Second
+	changeTime  = 30 * time.Minute // of a call that changes something and has no deadline: a clone on a slow disk, a stop that waits
 )
-
-// Policy decides who may do what. It is the place for roles; see SocketPolicy for today's rule.
-type Policy interface {
-	// Allow returns nil or an error of kind Denied. change tells whether the method changes something.
-	Allow(who operation.Who, method string, change bool) error
-}
-
-// SocketPolicy allows everything to whoever can open the socket: the file's mode and group are the rule.
-type SocketPolicy struct{}
-
-// Allow allows.
-func (SocketPolicy) Allow(operation.Who, string, bool) error { return nil }
 
 // changing are the methods that change something, and what the audit trail calls them.
 var changing = map[string]string{
@@ -89,6 +80,10 @@ type caller struct {
 	who    operation.Who
 	peer   peer.Info
 	method string
+	rights authz.Rights
+
+	once sync.Once
+	ids  map[string]bool // of what a limited caller may see; see visible
 
 	mu       sync.Mutex
 	request  string // redacted
@@ -137,7 +132,8 @@ func ran(ctx context.Context, op operation.Operation, err error) error {
 }
 
 func (s *Server) newGRPC() *grpc.Server {
-	g := grpc.NewServer(grpc.Creds(peer.Credentials()), grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage),
+	g := grpc.NewServer(grpc.Creds(peer.Credentials(s.tls, s.turnedAway)), grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage),
+		grpc.WriteBufferSize(writeBuffer), grpc.SharedWriteBuffer(true), // a buffer only while something is sent
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 		grpc.UnaryInterceptor(s.unary), grpc.StreamInterceptor(s.stream))
@@ -171,16 +167,29 @@ func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 			resp, err = nil, grpcerr.ToStatus(err)
 		}
 	}()
-	if err := s.allow(c, change); err != nil {
+	if err := s.allow(c); err != nil {
 		return nil, err
 	}
-	return handler(ctx, req)
+	resp, err = handler(ctx, req)
+	if m, ok := resp.(proto.Message); ok && err == nil {
+		resp = s.limited(ctx, c, m)
+	}
+	return resp, err
 }
 
 type serverStream struct {
 	grpc.ServerStream
 	ctx context.Context
 	c   *caller
+	s   *Server
+}
+
+// SendMsg leaves out what the caller may not see.
+func (s *serverStream) SendMsg(m any) error {
+	if msg, ok := m.(proto.Message); ok && s.s.limited(s.ctx, s.c, msg) == nil {
+		return nil
+	}
+	return s.ServerStream.SendMsg(m)
 }
 
 func (s *serverStream) Context() context.Context { return s.ctx }
@@ -211,26 +220,23 @@ func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerIn
 			err = grpcerr.ToStatus(err)
 		}
 	}()
-	if err := s.allow(c, change); err != nil {
+	if err := s.allow(c); err != nil {
 		return err
 	}
-	return handler(srv, &serverStream{ss, context.WithValue(ss.Context(), callerKey{}, c), c})
+	return handler(srv, &serverStream{ss, context.WithValue(ss.Context(), callerKey{}, c), c, s})
 }
 
 func (s *Server) newCaller(ctx context.Context, method string) *caller {
 	c := &caller{method: method}
-	if p, ok := peer.FromContext(ctx); ok {
-		c.peer = p
-		c.who = operation.Who{Name: s.users.User(p.UID), UID: p.UID, PID: uint32(max(0, p.PID))}
-	}
+	s.identify(ctx, c)
 	return c
 }
 
-func (s *Server) allow(c *caller, change bool) error {
+func (s *Server) allow(c *caller) error {
 	if c.who.Name == "" {
 		return errs.New(errs.Unauthorized, "who calls is not known").Do("connect over the unix socket")
 	}
-	return s.policy.Allow(c.who, c.method, change)
+	return c.rights.Method(c.method)
 }
 
 // refused audits a change that did not come about, and anything that was denied.
@@ -270,7 +276,9 @@ func (s *Server) record(ctx context.Context, name, outcome, message string, obje
 
 func labels(w operation.Who, op, outcome, request string) map[string]string {
 	l := map[string]string{"who": w.Name, "op": op, "outcome": outcome}
-	if !w.Core {
+	if w.Remote != "" {
+		l["remote"] = w.Remote
+	} else if !w.Core {
 		l["uid"], l["pid"] = fmt.Sprint(w.UID), fmt.Sprint(w.PID)
 	}
 	if request != "" && request != "{}" {

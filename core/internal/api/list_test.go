@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/mvirt/mvirt/core/apiv1"
-	"github.com/mvirt/mvirt/core/internal/operation"
 	"github.com/mvirt/mvirt/sdk/errs"
 	"github.com/mvirt/mvirt/sdk/service"
 	"github.com/mvirt/mvirt/sdk/vmm"
@@ -191,43 +190,6 @@ func TestConflictAndKill(t *testing.T) {
 }
 
 func ptr[T any](v T) *T { return &v }
-
-// deny refuses all changes.
-type deny struct{}
-
-func (deny) Allow(who operation.Who, method string, change bool) error {
-	if change {
-		return errs.New(errs.Denied, "%s may only look", who.Name).Do("ask an administrator")
-	}
-	return nil
-}
-
-func TestPolicy(t *testing.T) {
-	c := newCore(t)
-	c.furnish()
-	c.srv.policy = deny{}
-	if _, err := c.vms.Create(c.ctx(), &apiv1.CreateVMRequest{Name: "web"}); errs.KindOf(err) != errs.Denied {
-		t.Errorf("%v", err)
-	}
-	if s, err := c.templates.Import(c.ctx(), &apiv1.ImportTemplateRequest{Name: "x", Url: "http://example.org/"}); err == nil {
-		if _, err = s.Recv(); err == nil {
-			t.Error("a stream that changes something is let through")
-		}
-	}
-	c.list()
-	denied := 0
-	if err := c.srv.audit.Flush(c.ctx()); err != nil {
-		t.Fatal(err)
-	}
-	for _, e := range c.sup.w.Entries() {
-		if e.Labels["outcome"] == "refused" && e.Labels["error"] == "denied" && e.Labels["who"] != "" && e.Labels["uid"] != "" {
-			denied++
-		}
-	}
-	if denied != 2 {
-		t.Errorf("%d denials in the audit trail", denied)
-	}
-}
 
 // TestHost sees that what plugins say is stamped with who said it.
 func TestHost(t *testing.T) {

@@ -64,6 +64,14 @@ func (a *logsAPI) Query(req *apiv1.QueryLogsRequest, ss grpc.ServerStreamingServ
 		}
 		q.Objects = append(q.Objects, ids...)
 	}
+	if c := callerOf(ctx); c.rights.Narrow(c.method) && len(q.Objects) == 0 {
+		for id := range a.visible(ctx, c) {
+			q.Objects = append(q.Objects, id)
+		}
+		if len(q.Objects) == 0 {
+			return nil
+		}
+	}
 	fctx, cancel := context.WithTimeout(ctx, flushTime)
 	_ = a.audit.Flush(fctx) // what is late is late
 	cancel()

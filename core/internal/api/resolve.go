@@ -23,6 +23,23 @@ type kindOf[T any] struct {
 	get  func(ctx context.Context, ref string) (T, error)
 	list func(ctx context.Context) ([]T, error)
 	id   func(T) (id, name string)
+	// parent is what contains the object; who may use that, may use this. May be nil.
+	parent func(T) (word, id, name string)
+}
+
+// allowed asks whether the caller may use an object that was found.
+func (k kindOf[T]) allowed(ctx context.Context, v T) error {
+	if k.word == "operation" || k.word == "import" {
+		return nil // an operation is judged by its objects, an import by the method alone
+	}
+	id, name := k.id(v)
+	err := permitted(ctx, k.word, id, name)
+	if err != nil && k.parent != nil {
+		if word, pid, pname := k.parent(v); permitted(ctx, word, pid, pname) == nil {
+			return nil
+		}
+	}
+	return err
 }
 
 // find resolves a ref: a whole id, a name, or a unique prefix of an id. field names it in errors.
@@ -38,18 +55,18 @@ func find[T any](ctx context.Context, k kindOf[T], field, ref string) (T, error)
 		if err == nil {
 			id, _ := k.id(v)
 			touch(ctx, id)
-			return v, nil
+			return v, k.allowed(ctx, v)
 		}
 		if !errors.Is(err, errs.NotFound) {
 			return zero, err
 		}
 		if whole {
 			touch(ctx, ref)
-			return zero, missing
+			return zero, hideMissing(ctx, k.word, ref, missing)
 		}
 	}
 	if len(ref) < minPrefix || strings.Trim(ref, "0123456789abcdef-") != "" {
-		return zero, missing
+		return zero, hideMissing(ctx, k.word, ref, missing)
 	}
 	all, err := k.list(ctx)
 	if err != nil {
@@ -57,13 +74,14 @@ func find[T any](ctx context.Context, k kindOf[T], field, ref string) (T, error)
 	}
 	var hits []T
 	for _, v := range all {
-		if id, _ := k.id(v); strings.HasPrefix(id, ref) {
+		// What the caller may not see must not make a prefix ambiguous, nor be listed.
+		if id, _ := k.id(v); strings.HasPrefix(id, ref) && k.allowed(ctx, v) == nil {
 			hits = append(hits, v)
 		}
 	}
 	switch len(hits) {
 	case 0:
-		return zero, missing
+		return zero, hideMissing(ctx, k.word, ref, missing)
 	case 1:
 		id, _ := k.id(hits[0])
 		touch(ctx, id)
@@ -91,7 +109,7 @@ func shown(ref string) string {
 func (s *Server) findVM(ctx context.Context, field, ref string) (vmm.VM, error) {
 	return find(ctx, kindOf[vmm.VM]{"vm", "mvirt vm ls",
 		func(ctx context.Context, ref string) (vmm.VM, error) { return s.vmm.Get(ctx, vmm.Ref{Ref: ref}) },
-		s.vmm.List, func(v vmm.VM) (string, string) { return v.ID, v.Spec.Name }}, field, ref)
+		s.vmm.List, func(v vmm.VM) (string, string) { return v.ID, v.Spec.Name }, nil}, field, ref)
 }
 
 func (s *Server) findVolume(ctx context.Context, field, ref string) (storage.Volume, error) {
@@ -99,7 +117,7 @@ func (s *Server) findVolume(ctx context.Context, field, ref string) (storage.Vol
 		func(ctx context.Context, ref string) (storage.Volume, error) {
 			return s.storage.GetVolume(ctx, storage.Ref{Ref: ref})
 		},
-		s.storage.ListVolumes, func(v storage.Volume) (string, string) { return v.ID, v.Name }}, field, ref)
+		s.storage.ListVolumes, func(v storage.Volume) (string, string) { return v.ID, v.Name }, nil}, field, ref)
 }
 
 func (s *Server) findTemplate(ctx context.Context, field, ref string) (storage.Template, error) {
@@ -107,7 +125,7 @@ func (s *Server) findTemplate(ctx context.Context, field, ref string) (storage.T
 		func(ctx context.Context, ref string) (storage.Template, error) {
 			return s.storage.GetTemplate(ctx, storage.Ref{Ref: ref})
 		},
-		s.storage.ListTemplates, func(t storage.Template) (string, string) { return t.ID, t.Name }}, field, ref)
+		s.storage.ListTemplates, func(t storage.Template) (string, string) { return t.ID, t.Name }, nil}, field, ref)
 }
 
 func (s *Server) findImport(ctx context.Context, field, ref string) (storage.Import, error) {
@@ -128,7 +146,7 @@ func (s *Server) findImport(ctx context.Context, field, ref string) (storage.Imp
 				return storage.Import{}, errs.New(errs.NotFound, "no such import")
 			}
 			return all[best], nil
-		}, list, func(i storage.Import) (string, string) { return i.ID, i.Name }}, field, ref)
+		}, list, func(i storage.Import) (string, string) { return i.ID, i.Name }, nil}, field, ref)
 }
 
 // findSnapshot also takes "volume@snapshot".
@@ -145,7 +163,7 @@ func (s *Server) findSnapshot(ctx context.Context, field, ref string) (storage.S
 		for _, snap := range all {
 			if snap.Name == name || snap.ID == name {
 				touch(ctx, snap.ID)
-				return snap, nil
+				return snap, nil // the volume was asked for, and contains it
 			}
 		}
 		return storage.Snapshot{}, errs.New(errs.NotFound, "volume %s has no such snapshot", v.Name).With(errs.Resource{Type: "snapshot", Name: shown(name)}).
@@ -166,7 +184,8 @@ func (s *Server) findSnapshot(ctx context.Context, field, ref string) (storage.S
 				err = errs.New(errs.NotFound, "no such snapshot")
 			}
 			return storage.Snapshot{}, err
-		}, list, func(s storage.Snapshot) (string, string) { return s.ID, s.VolumeName + "@" + s.Name }}, field, ref)
+		}, list, func(s storage.Snapshot) (string, string) { return s.ID, s.VolumeName + "@" + s.Name },
+		func(s storage.Snapshot) (string, string, string) { return "volume", s.VolumeID, s.VolumeName }}, field, ref)
 }
 
 func (s *Server) findNetwork(ctx context.Context, field, ref string) (net.Network, error) {
@@ -174,7 +193,7 @@ func (s *Server) findNetwork(ctx context.Context, field, ref string) (net.Networ
 		func(ctx context.Context, ref string) (net.Network, error) {
 			return s.net.GetNetwork(ctx, net.Ref{Ref: ref})
 		},
-		s.net.ListNetworks, func(n net.Network) (string, string) { return n.ID, n.Name }}, field, ref)
+		s.net.ListNetworks, func(n net.Network) (string, string) { return n.ID, n.Name }, nil}, field, ref)
 }
 
 func (s *Server) findNIC(ctx context.Context, field, ref string) (net.NIC, error) {
@@ -183,7 +202,7 @@ func (s *Server) findNIC(ctx context.Context, field, ref string) (net.NIC, error
 			return s.net.GetNIC(ctx, net.Ref{Ref: ref})
 		},
 		func(ctx context.Context) ([]net.NIC, error) { return s.net.ListNICs(ctx, net.ListNICsRequest{}) },
-		func(n net.NIC) (string, string) { return n.ID, n.Name }}, field, ref)
+		func(n net.NIC) (string, string) { return n.ID, n.Name }, nil}, field, ref)
 }
 
 func (s *Server) findGroup(ctx context.Context, field, ref string) (net.SecurityGroup, error) {
@@ -191,7 +210,7 @@ func (s *Server) findGroup(ctx context.Context, field, ref string) (net.Security
 		func(ctx context.Context, ref string) (net.SecurityGroup, error) {
 			return s.net.GetSecurityGroup(ctx, net.Ref{Ref: ref})
 		},
-		s.net.ListSecurityGroups, func(g net.SecurityGroup) (string, string) { return g.ID, g.Name }}, field, ref)
+		s.net.ListSecurityGroups, func(g net.SecurityGroup) (string, string) { return g.ID, g.Name }, nil}, field, ref)
 }
 
 // groupIDs resolves refs of security groups.

@@ -180,10 +180,14 @@ type operationsAPI struct {
 }
 
 func (a *operationsAPI) find(ctx context.Context, ref string) (operation.Operation, error) {
-	return find(ctx, kindOf[operation.Operation]{"operation", "mvirt operation ls --all",
+	o, err := find(ctx, kindOf[operation.Operation]{"operation", "mvirt operation ls --all",
 		func(_ context.Context, ref string) (operation.Operation, error) { return a.engine.Get(ref) },
 		func(context.Context) ([]operation.Operation, error) { return a.engine.List(true), nil },
-		func(o operation.Operation) (string, string) { return o.ID, o.Title }}, "ref", ref)
+		func(o operation.Operation) (string, string) { return o.ID, o.Title }, nil}, "ref", ref)
+	if c := callerOf(ctx); err == nil && c.rights.Narrow(c.method) && !a.concerns(ctx, c, o.Objects) {
+		return o, noSuchOperation()
+	}
+	return o, err
 }
 
 func (a *operationsAPI) List(_ context.Context, req *apiv1.ListOperationsRequest) (*apiv1.ListOperationsResponse, error) {

@@ -64,6 +64,8 @@ func (c *checker) build(f *fileConfig) *Config {
 			cfg.Plugins[k] = &p
 		}
 	}
+	cfg.Access = c.access(f.Access)
+	c.tls(&cfg.TLS, f.TLS, cfg.Access)
 	if len(cfg.Plugins) == 0 {
 		c.bad("plugin", "add a table such as [plugin.storage] with a command", "no plugin is configured")
 	}

@@ -13,6 +13,7 @@ import (
 	"io/fs"
 	"time"
 
+	"github.com/mvirt/mvirt/core/internal/authz"
 	"github.com/mvirt/mvirt/sdk/service"
 )
 
@@ -28,6 +29,8 @@ type Config struct {
 	Path    string // the file it came from
 	Core    Core
 	Jail    Jail
+	TLS     TLS
+	Access  []authz.Grant            // who may do what; none: whoever can open the socket may do everything
 	Plugins map[service.Kind]*Plugin // only kinds that the file has a table for
 }
 

@@ -17,8 +17,10 @@ import (
 
 // The file as TOML has it. Pointers tell "absent" from "zero".
 type fileConfig struct {
-	Core   fileCore `toml:"core"`
-	Jail   fileJail `toml:"jail"`
+	Core   fileCore     `toml:"core"`
+	Jail   fileJail     `toml:"jail"`
+	TLS    *fileTLS     `toml:"tls"`
+	Access []fileAccess `toml:"access"`
 	Plugin struct {
 		Storage *filePlugin `toml:"storage"`
 		Net     *filePlugin `toml:"net"`
@@ -185,7 +187,13 @@ func unknownRemedy(key []string) string {
 	case len(key) >= 2 && key[0] == "jail":
 		return "keys of jail: " + strings.Join(keysOf(fileJail{}), ", ")
 	}
-	return "tables are core, jail and plugin.<kind>"
+	switch {
+	case len(key) >= 2 && key[0] == "tls":
+		return "keys of tls: " + strings.Join(keysOf(fileTLS{}), ", ")
+	case len(key) >= 2 && key[0] == "access":
+		return "keys of access: " + strings.Join(keysOf(fileAccess{}), ", ")
+	}
+	return "tables are core, jail, tls, access and plugin.<kind>"
 }
 
 func isKind(s string) bool {

@@ -70,16 +70,20 @@ const (
 
 // Who asked for an operation.
 type Who struct {
-	Name string `json:"name"` // user name, or "core"
-	UID  uint32 `json:"uid"`
-	PID  uint32 `json:"pid,omitempty"`
-	Core bool   `json:"core,omitempty"` // the core itself: others wait for it a moment instead of failing
+	Name   string `json:"name"` // user name, or "core"
+	UID    uint32 `json:"uid"`
+	PID    uint32 `json:"pid,omitempty"`
+	Remote string `json:"remote,omitempty"` // address, of who calls over TCP and has neither uid nor pid
+	Core   bool   `json:"core,omitempty"`   // the core itself: others wait for it a moment instead of failing
 }
 
 // String is "root (uid 0, pid 17)" or "core".
 func (w Who) String() string {
 	if w.Core {
 		return "core"
+	}
+	if w.Remote != "" {
+		return fmt.Sprintf("%s (from %s)", w.Name, w.Remote)
 	}
 	return fmt.Sprintf("%s (uid %d, pid %d)", w.Name, w.UID, w.PID)
 }
