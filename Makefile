@@ -19,7 +19,7 @@ ALL := $(PROGRAMS) $(foreach p,$(PLUGINS),$(if $(wildcard $(lastword $(subst :, 
 RACE := ./core/internal/supervisor/... ./core/internal/operation/... ./core/internal/audit/... ./core/internal/cli/... ./sdk/fdpass/... ./sdk/vmmkit/console/...
 
 .PHONY: help setup build install test check unit race e2e lint fmt vet staticcheck generate drift arch demo fuzz clean \
-	bench-core bench-log bench-net bench-storage lab lab-ci lab-test lab-shell bin/demo deb
+	bench-core bench-log bench-net bench-storage lab lab-ci lab-test lab-shell bin/demo bin/bench-storage deb
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,9 +85,16 @@ demo: bin/demo ## two real VMs through the core and four plugins, from import to
 bench-core: build ## figures of the core: start, call, restart, list, memory
 	$(GO) run ./test/bench/core
 
-bench-log bench-net bench-storage: build ## figures of a plugin
+bench-log bench-net: build ## figures of a plugin
 	@if [ -d test/bench/$(@:bench-%=%) ]; then $(GO) run ./test/bench/$(@:bench-%=%); else \
 	echo "$@: there is no such benchmark in this tree" >&2; exit 1; fi
+
+bin/bench-storage: build
+	@CGO_ENABLED=0 $(GO) build $(GOFLAGS_BUILD) -o bin/bench-storage ./test/bench/storage
+
+bench-storage: bin/bench-storage ## figures of storage: imports into files here, then zvols in the lab
+	bin/bench-storage
+	GO="$(GO)" MVIRT_LAB_NO_SKIP=29-storage-zfs-figures $(GO) run ./test/lab/cmd/lab test --timeout 60m 29-storage-zfs-figures
 
 lab: ## build the lab: a guest where ZFS and KVM are real (test/lab/README.md)
 	test/lab/build.sh build
@@ -97,7 +104,7 @@ LAB_CI := 00-lab-is-real 20-storage-zfs 22-demo-zfs
 lab-ci: bin/demo ## the lab tests that are part of "make test"
 	GO="$(GO)" MVIRT_LAB_NO_SKIP="$(LAB_CI)" $(GO) run ./test/lab/cmd/lab test --timeout 45m $(LAB_CI)
 
-lab-test: bin/demo deb ## all tests inside the lab
+lab-test: bin/demo bin/bench-storage deb ## all tests inside the lab
 	GO="$(GO)" $(GO) run ./test/lab/cmd/lab test --timeout 120m
 
 lab-shell: build ## a shell inside the lab

@@ -5,6 +5,9 @@
 // Rounds are interleaved, the median of each side counts, and the outputs are compared byte by byte. A second
 // row of figures, _engine, leaves out the process and the sync on both sides.
 //
+// With -zvol POOL, in the lab, targets are new sparse zvols of that pool, where qemu-img is told that they are zero
+// (-n --target-is-zero); then there is no row of the engine alone, and import_allocated_vs_data is measured.
+//
 // Lines: figure NAME VALUE UNIT aim OP NUMBER. Exit code 1 when an output differs or something fails; an aim
 // that is missed is told by its line.
 package main
@@ -39,8 +42,10 @@ func main() {
 	rounds := flag.Int("rounds", 5, "rounds of each measurement")
 	size := flag.Int64("size", 2<<30, "size of the disk in bytes")
 	dir := flag.String("dir", "", "where to work; needs five times the size (default: the temporary directory)")
+	only := flag.String("only", "", "measure only the figure of this name")
+	pool := flag.String("zvol", "", "pool whose zvols are written to, instead of files")
 	flag.Parse()
-	if err := run(*rounds, *size, *dir); err != nil {
+	if err := run(*rounds, *size, *dir, *only, *pool); err != nil {
 		fmt.Fprintln(os.Stderr, "bench-storage:", err)
 		os.Exit(1)
 	}
@@ -54,7 +59,7 @@ type subject struct {
 	aim    float64
 }
 
-func run(rounds int, size int64, dir string) error {
+func run(rounds int, size int64, dir, only, pool string) error {
 	if _, err := exec.LookPath("qemu-img"); err != nil {
 		return errors.New("qemu-img is not installed (package qemu-utils)")
 	}
@@ -73,6 +78,9 @@ func run(rounds int, size int64, dir string) error {
 		{"import_qcow2_zlib_vs_qemu_img", "qcow2", []string{"-c"}, 1.0},
 		{"import_qcow2_zstd_vs_qemu_img", "qcow2", []string{"-c", "-o", "compression_type=zstd"}, 1.0},
 	} {
+		if only != "" && only != s.name {
+			continue
+		}
 		src := raw
 		if s.args != nil {
 			src = filepath.Join(dir, "src")
@@ -81,8 +89,14 @@ func run(rounds int, size int64, dir string) error {
 				return fmt.Errorf("qemu-img %v: %w: %s", args, err, out)
 			}
 		}
+		if pool != "" {
+			if err := s.measure(src, raw, rounds, size, zvols{pool, size}); err != nil {
+				return fmt.Errorf("%s: %w", s.name, err)
+			}
+			continue
+		}
 		for _, durable := range []bool{true, false} {
-			if err := s.measure(src, raw, dir, rounds, size, durable); err != nil {
+			if err := s.measure(src, raw, rounds, size, files{dir, durable}); err != nil {
 				return fmt.Errorf("%s: %w", s.name, err)
 			}
 		}
@@ -154,8 +168,8 @@ func (c *corpus) Read(p []byte) (int, error) {
 	return 0, errors.New("no file below /usr can be read")
 }
 
-func (s subject) measure(src, raw, dir string, rounds int, size int64, durable bool) error {
-	ours, theirs := filepath.Join(dir, "ours"), filepath.Join(dir, "theirs")
+func (s subject) measure(src, raw string, rounds int, size int64, on place) error {
+	durable := on.durable()
 	var us, them []time.Duration
 	var usCPU, themCPU time.Duration
 	for i := range rounds {
@@ -163,15 +177,16 @@ func (s subject) measure(src, raw, dir string, rounds int, size int64, durable b
 			runtime.GC()
 			before := children()
 			if (i+k)%2 == 0 { // neither is always first
-				d, err := timed(ours, durable, func(f *os.File) error { return s.ours(src, f, durable) })
+				d, err := timed(on, "ours", func(f *os.File) error { return s.ours(src, f, on) })
 				if err != nil {
 					return err
 				}
 				us = append(us, d)
 				usCPU += children() - before
 			} else {
-				d, err := timed(theirs, durable, func(*os.File) error {
-					out, err := exec.Command("qemu-img", "convert", "-f", s.format, "-O", "raw", src, theirs).CombinedOutput()
+				d, err := timed(on, "theirs", func(f *os.File) error {
+					args := append([]string{"convert", "-f", s.format, "-O", "raw"}, on.qemuOptions()...)
+					out, err := exec.Command("qemu-img", append(args, src, f.Name())...).CombinedOutput()
 					if err != nil {
 						return fmt.Errorf("%w: %s", err, out)
 					}
@@ -185,15 +200,18 @@ func (s subject) measure(src, raw, dir string, rounds int, size int64, durable b
 			}
 		}
 		if i == 0 {
-			for _, p := range []string{ours, theirs} {
-				if err := equal(p, raw); err != nil {
+			for _, name := range []string{"ours", "theirs"} {
+				if err := equal(on.path(name), raw); err != nil {
 					return err
 				}
+			}
+			if err := on.look("ours"); err != nil {
+				return err
 			}
 		}
 	}
 	a, b := median(us), median(them)
-	name := s.name
+	name := s.name + on.suffix()
 	if !durable {
 		name += "_engine"
 	}
@@ -216,32 +234,29 @@ func children() time.Duration {
 	return time.Duration(r.Utime.Nano() + r.Stime.Nano())
 }
 
-// timed runs fn on a new file and counts until it is durable, if it is to be.
-func timed(path string, durable bool, fn func(f *os.File) error) (time.Duration, error) {
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return 0, err
-	}
-	// What other rounds left to be written must not be waited for in this one.
-	if err := exec.Command("sync").Run(); err != nil {
-		return 0, err
-	}
-	f, err := os.Create(path)
+// timed runs fn on a new target and counts until it is durable, if it is to be.
+func timed(on place, name string, fn func(f *os.File) error) (time.Duration, error) {
+	f, err := on.fresh(name)
 	if err != nil {
 		return 0, err
 	}
 	defer f.Close()
+	// What other rounds left to be written must not be waited for in this one.
+	if err := exec.Command("sync").Run(); err != nil {
+		return 0, err
+	}
 	began := time.Now()
 	if err := fn(f); err != nil {
 		return 0, err
 	}
-	if durable {
+	if on.durable() {
 		err = f.Sync()
 	}
 	return time.Since(began), err
 }
 
 // ours imports: by the worker process, as the product does, or by the engine alone.
-func (s subject) ours(src string, dst *os.File, durable bool) error {
+func (s subject) ours(src string, dst *os.File, on place) error {
 	in, err := os.Open(src)
 	if err != nil {
 		return err
@@ -252,7 +267,7 @@ func (s subject) ours(src string, dst *os.File, durable bool) error {
 		return err
 	}
 	lim := image.Limits{MaxVirtualSize: 1 << 40, MaxScratch: 1 << 40, Writers: max(runtime.NumCPU(), 2)}
-	if !durable {
+	if !on.durable() {
 		_, err := image.Convert(context.Background(), &image.FileSource{File: in, Length: info.Size()}, &file{File: dst}, nil, lim, silent{})
 		return err
 	}
@@ -267,7 +282,7 @@ func (s subject) ours(src string, dst *os.File, durable bool) error {
 		return err
 	}
 	_, err = worker.Run(context.Background(), worker.Job{As: as, Source: in, Length: info.Size(), Whole: true, Hint: info.Size(), Scratch: scratch,
-		Limits: lim, Target: func(string, int64) (*os.File, int64, bool, error) { return dst, 0, false, nil },
+		Limits: lim, Target: func(string, int64) (*os.File, int64, bool, error) { return dst, on.size(), on.size() > 0, nil },
 		Progress: func(int64, int64, int64) {}})
 	return err
 }

@@ -5,13 +5,11 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"flag"
 	"fmt"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -27,8 +25,6 @@ import (
 )
 
 // These tests need OpenZFS and root; they make pools of their own on files. The lab has both.
-
-var figureVolumes = flag.Int("figure-volumes", 60, "volumes that TestRealFigures lists; each takes half a second to make in the lab")
 
 const mib = 1 << 20
 
@@ -428,45 +424,4 @@ func TestRealImport(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	same(t, datasets(t, pool), before...)
-}
-
-// TestRealFigures measures against the bare commands, interleaved; absolute times in the lab mean nothing.
-func TestRealFigures(t *testing.T) {
-	pool := realPool(t, 2<<30)
-	s := open(t, pool, kitOptions())
-	ctx := t.Context()
-	volume(t, s, storage.CreateVolumeRequest{Name: "v", SizeBytes: 64 * mib})
-	sn := snapshot(t, s, "v", "s")
-	must(s.CreateTemplate(ctx, storage.CreateTemplateRequest{ID: ident.New(), Name: "t", SnapshotID: sn.ID}))(t)
-	var ours, bare []time.Duration
-	for i := range 9 {
-		began := time.Now()
-		volume(t, s, storage.CreateVolumeRequest{Name: fmt.Sprintf("c%d", i), FromTemplate: "t"})
-		ours = append(ours, time.Since(began))
-		began = time.Now()
-		command(t, "zfs", "clone", pool+"/.templates/t@img", fmt.Sprintf("%s/bare%d", pool, i))
-		bare = append(bare, time.Since(began))
-	}
-	ratio := func(a, b []time.Duration) float64 {
-		slices.Sort(a)
-		slices.Sort(b)
-		return a[len(a)/2].Seconds() / b[len(b)/2].Seconds()
-	}
-	fmt.Printf("figure clone_vs_zfs_clone %.2f ratio aim <= 1.5\n", ratio(ours, bare))
-	for i := range *figureVolumes {
-		volume(t, s, storage.CreateVolumeRequest{Name: fmt.Sprintf("l%d", i), FromTemplate: "t"})
-	}
-	ours, bare = nil, nil
-	for range 9 {
-		began := time.Now()
-		if l := must(s.ListVolumes(ctx))(t); len(l) < *figureVolumes {
-			t.Errorf("%d volumes", len(l))
-		}
-		ours = append(ours, time.Since(began))
-		began = time.Now()
-		command(t, "zfs", "list", "-r", "-t", "volume", pool)
-		bare = append(bare, time.Since(began))
-	}
-	fmt.Printf("figure list_1000_vs_zfs_list %.2f ratio aim <= 1.2\n", ratio(ours, bare))
-	fmt.Printf("# measured with %d volumes\n", *figureVolumes)
 }
