@@ -11,6 +11,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"os"
 	"os/exec"
@@ -53,7 +54,8 @@ type Options struct {
 	Args  map[string][]string
 	Down  []string // kinds that are not expected to come up
 	User  string   // as root: run all of it as this ordinary user, who gets the directories
-	Patience time.Duration // how long to wait for mvirtd and its plugins; 0: 30 s
+	// Patience is how long to wait for mvirtd and its plugins; 0: 30 s.
+	Patience time.Duration
 	// Config may change the configuration's text before it is written.
 	Config func(string) string
 	Log    io.Writer // nil: the file mvirtd.log in the directory
@@ -207,6 +209,9 @@ func (s *System) config(root bool) string {
 	p("[core]\nsocket = %q\nstate_dir = %q\nrun_dir = %q\nlog_level = \"debug\"", s.Socket, s.Dir+"/core", s.Run)
 	if root {
 		p("socket_group = \"mvirt\"\nsocket_mode = \"0660\"\nuser = \"mvirt\"")
+	}
+	if root { // uids of its own, for several systems run at one time
+		p("\n[jail]\nuid_base = %d\nuid_count = 1000", 1_600_000_000+1000*(crc32.ChecksumIEEE([]byte(s.Dir))%100_000))
 	}
 	for _, k := range s.opt.Kinds {
 		data := filepath.Join(s.Dir, k)

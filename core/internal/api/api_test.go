@@ -117,8 +117,7 @@ type core struct {
 	ops       apiv1.OperationsClient
 }
 
-func newCore(t *testing.T) *core { return newCoreTB(t) }
-func newCoreTB(t testing.TB) *core {
+func newCore(t testing.TB) *core {
 	c := &core{t: t, sup: newSup(), dir: t.TempDir(), health: &health.Tracker{}}
 	c.start()
 	t.Cleanup(func() { c.stop() })

@@ -27,6 +27,7 @@ func main() {
 	flag.IntVar(&b.rounds, "rounds", 5, "rounds of VM starts, and of mvirtd for restarts of plugins")
 	flag.IntVar(&b.calls, "calls", 2000, "calls a round")
 	flag.IntVar(&b.vms, "vms", 1000, "definitions")
+	flag.StringVar(&b.only, "only", "", "one part: call, start, list or restart (which needs list); all by default")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -41,6 +42,7 @@ type bench struct {
 	ctx                context.Context
 	bin                string
 	rounds, calls, vms int
+	only               string
 	place              system.Place
 	sys                *system.System
 	guest              guest.Guest
@@ -86,8 +88,14 @@ func (b *bench) run() (err error) {
 	if err := b.memory("idle"); err != nil {
 		return err
 	}
-	for _, part := range []func() error{b.call, b.start, b.list, b.restart} {
-		if err := part(); err != nil {
+	for _, part := range []struct {
+		name string
+		run  func() error
+	}{{"call", b.call}, {"start", b.start}, {"list", b.list}, {"restart", b.restart}} {
+		if b.only != "" && b.only != part.name {
+			continue
+		}
+		if err := part.run(); err != nil {
 			return err
 		}
 	}

@@ -44,6 +44,12 @@ type Client struct {
 	Logs           apiv1.LogsClient
 }
 
+// A list of 1,000 VMs is half a megabyte: it comes in few reads, and without waiting for window updates.
+const (
+	window     = 4 << 20
+	readBuffer = 256 << 10
+)
+
 // Dial connects to the socket at once, so that "nobody listens" is told apart from a failing call. Errors
 // of calls made with the client are *errs.Error.
 func Dial(ctx context.Context, socket string) (*Client, error) {
@@ -64,6 +70,7 @@ func Dial(ctx context.Context, socket string) (*Client, error) {
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage), grpc.MaxCallSendMsgSize(maxMessage)),
 		grpc.WithUnaryInterceptor(unary), grpc.WithStreamInterceptor(streaming),
 		grpc.WithNoProxy(), grpc.WithDisableServiceConfig(),
+		grpc.WithInitialWindowSize(window), grpc.WithInitialConnWindowSize(window), grpc.WithReadBufferSize(readBuffer),
 	)
 	if err != nil {
 		_ = c.Close()
