@@ -7,10 +7,11 @@
 //   - a VM that does not run has nothing attached: what is left is released;
 //   - a running VM's volumes are attached (access to a device is lost when the host's device manager or a
 //     storage plugin starts anew): they are attached again;
+//   - a running VM's NIC that lost its data path gets one again;
 //   - VMs marked autostart are started once after a boot of the host.
 //
 // What it cannot repair it reports as conditions: a VM that names a volume or NIC that is gone, a running VM
-// whose NIC has no data path, a volume or NIC made for a VM that is gone.
+// whose NIC got no data path again, a volume or NIC made for a VM that is gone.
 //
 // It also follows the vmm plugin's events: a guest that powers itself off, crashes or reboots is audited,
 // published, and released.
@@ -78,6 +79,7 @@ type Reconciler struct {
 	mu        sync.Mutex
 	autostart bool // VMs are to be started after a boot
 	bootID    string
+	repaired  map[string]attempt // repairs of NICs that failed, by VM and NIC
 }
 
 // New makes a reconciler.
@@ -94,7 +96,7 @@ func New(opt Options) *Reconciler {
 	if opt.Watching == nil {
 		opt.Watching = func() {}
 	}
-	r := &Reconciler{opt: opt, trigger: make(chan struct{}, 1), me: plan.Call{Who: operation.Who{Name: "core", Core: true}}, bootID: opt.BootID}
+	r := &Reconciler{opt: opt, repaired: map[string]attempt{}, trigger: make(chan struct{}, 1), me: plan.Call{Who: operation.Who{Name: "core", Core: true}}, bootID: opt.BootID}
 	if r.bootID == "" {
 		raw, err := os.ReadFile(bootIDPath)
 		if err != nil {
@@ -314,12 +316,49 @@ func (r *Reconciler) attached(ctx context.Context, s state, vm vmm.VM) (out []se
 	}
 	for _, n := range vm.Spec.NICs {
 		if nic, ok := s.nics[n.NICID]; ok && nic.VMID != vm.ID && !vm.Pending {
+			err := r.repairNIC(ctx, vm, n, nic)
+			if err == nil {
+				continue
+			}
 			out = append(out, service.Condition{Code: "NIC_NOT_ATTACHED", Severity: service.SeverityWarning, Object: vm.ID,
-				Text:   fmt.Sprintf("VM %s runs, and its NIC %s has no data path", vm.Spec.Name, nic.Name),
+				Text:   fmt.Sprintf("VM %s runs, and its NIC %s has no data path: %v", vm.Spec.Name, nic.Name, err),
 				Remedy: fmt.Sprintf("mvirt vm stop %s, then mvirt vm start %s", vm.Spec.Name, vm.Spec.Name)})
 		}
 	}
 	return out
+}
+
+// repairNIC gives a NIC its data path again. After a failure it is left alone for a while: each attempt takes the
+// device from the guest for a moment.
+func (r *Reconciler) repairNIC(ctx context.Context, vm vmm.VM, n vmm.NIC, nic net.NIC) error {
+	if nic.VMID != "" {
+		return errs.New(errs.Precondition, "it is attached to VM %s", nic.VMID)
+	}
+	key := vm.ID + "/" + n.NICID
+	r.mu.Lock()
+	last, err := r.repaired[key], error(nil)
+	if last.err != nil && time.Since(last.at) < every {
+		err = last.err
+	}
+	r.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	_, err = r.opt.Changes.RepairNIC(ctx, r.me, vm, n)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err == nil || errors.Is(err, errs.Unavailable) || errors.Is(err, errs.Conflict) {
+		delete(r.repaired, key) // what was only in the way is tried at the next pass
+		return err
+	}
+	r.repaired[key] = attempt{time.Now(), err}
+	return err
+}
+
+// attempt is a repair that failed.
+type attempt struct {
+	at  time.Time
+	err error
 }
 
 // orphans are volumes and NICs made for VMs that are gone.

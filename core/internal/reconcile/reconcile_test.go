@@ -105,6 +105,15 @@ func (l *lab) pass() bool {
 	return clean
 }
 
+func (l *lab) nic(id string) net.NIC {
+	l.t.Helper()
+	n, err := l.w.Net().GetNIC(l.t.Context(), net.Ref{Ref: id})
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	return n
+}
+
 func (l *lab) codes() (out []string) {
 	for _, c := range l.health.List("") {
 		out = append(out, c.Code)
@@ -156,9 +165,30 @@ func TestReports(t *testing.T) {
 	nic := vm.Spec.NICs[0].NICID
 	l.w.Net().Detach(ctx, net.DetachRequest{NICID: nic, VMID: web})
 	l.pass()
-	if got := l.codes(); !slices.Equal(got, []string{"NIC_NOT_ATTACHED"}) {
-		t.Errorf("%v", got)
+	if got, n := l.codes(), l.nic(nic); len(got) > 0 || n.VMID != web {
+		t.Errorf("a lost data path is not made again: %v, %+v", got, n)
 	}
+	// One that cannot be made again is reported, and not tried at each pass.
+	l.w.Net().Detach(ctx, net.DetachRequest{NICID: nic, VMID: web})
+	tries := 0
+	l.w.Gate = func(_ context.Context, call string, after bool) error {
+		if call == "net.Attach" && !after {
+			tries++
+			return errs.New(errs.Precondition, "the guest has no slot free")
+		}
+		return nil
+	}
+	for range 3 {
+		l.w.Net().Detach(ctx, net.DetachRequest{NICID: nic, VMID: web})
+		l.pass()
+		if got := l.codes(); !slices.Equal(got, []string{"NIC_NOT_ATTACHED"}) {
+			t.Errorf("%v", got)
+		}
+	}
+	if tries != 1 {
+		t.Errorf("tried %d times", tries)
+	}
+	l.w.Gate = nil
 	l.w.PowerOff("web")
 	l.pass()
 	l.w.Net().DeleteNIC(ctx, net.Ref{Ref: nic})

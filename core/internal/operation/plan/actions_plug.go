@@ -57,6 +57,19 @@ func (a actions) plug() map[string]operation.Action {
 			func(ctx context.Context, _ *operation.Run, n vmNIC) error {
 				return a.unplugNIC(ctx, nil, unplug{n.VMID, n.NIC.NICID})
 			}, nil),
+		// One step, for the path's descriptors do not outlive a crash of the core between two.
+		"vmm.replug_nic": operation.Typed(
+			func(ctx context.Context, r *operation.Run, n vmNIC) error {
+				vm, err := v.Get(ctx, vmm.Ref{Ref: n.VMID})
+				if err != nil || !vm.State.Live() {
+					return gone(err)
+				}
+				if err := a.attachNIC(ctx, r, attachNIC{VMID: n.VMID, NICID: n.NIC.NICID}); err != nil {
+					return err
+				}
+				path, _ := operation.Value[net.Attachment](r, "nic:"+n.NIC.NICID)
+				return v.PlugNIC(ctx, vmm.PlugNICRequest{ID: n.VMID, NIC: nicAttachment(n.NIC.NICID, path)})
+			}, nil, nil),
 		"vmm.unplug_nic":   operation.Typed(a.unplugNIC, nil, nil),
 		"vmm.disk_resized": operation.Typed(a.diskResized, nil, nil),
 	}

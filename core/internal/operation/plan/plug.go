@@ -111,6 +111,25 @@ func (c *Changes) AttachNIC(ctx context.Context, call Call, vmID string, n NewNI
 	return c.run(ctx, call, d.plan)
 }
 
+// RepairNIC gives a running VM's NIC a data path again that it lost. A hypervisor that speaks vhost-user connects
+// to the path by itself; any other holds descriptors of the old path, so the device is taken out of the guest and
+// plugged again, with the same MAC and address.
+func (c *Changes) RepairNIC(ctx context.Context, call Call, vm vmm.VM, n vmm.NIC) (operation.Operation, error) {
+	p := operation.Plan{Type: "vm.repair_nic", Title: "give a NIC of VM " + vm.Spec.Name + " its data path again", Mode: operation.Finish,
+		Objects: []string{vm.ID, n.NICID}, Locks: locks(lock("vm", vm.ID), lock("nic", n.NICID))}
+	switch {
+	case c.svc.Has(service.KindVMM, service.FeatureVMMVhostUser):
+		p.Steps = append(p.Steps, operation.NewStep("net.attach", "attach the NIC", "", attachNIC{VMID: vm.ID, NICID: n.NICID}))
+	case c.svc.Has(service.KindVMM, service.FeatureVMMHotplugNIC):
+		p.Steps = append(p.Steps, operation.NewStep("vmm.unplug_nic", "unplug the NIC", "", unplug{vm.ID, n.NICID}),
+			operation.NewStep("vmm.replug_nic", "attach the NIC and plug it", "", vmNIC{vm.ID, n}))
+	default:
+		return operation.Operation{}, errs.New(errs.Unsupported, "the vmm plugin cannot exchange NICs while the VM runs").With(vmRes(vm)).Because("FEATURE_MISSING").
+			Do("mvirt vm stop " + vm.Spec.Name + ", then mvirt vm start " + vm.Spec.Name)
+	}
+	return c.run(ctx, call, p)
+}
+
 // freeDisk is the lowest number from the count of the VM's disks on whose made names are not taken: a volume
 // that was made for the VM and detached lives on under its name.
 func (c *Changes) freeDisk(ctx context.Context, vm vmm.VM) (int, error) {
