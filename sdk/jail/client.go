@@ -210,6 +210,15 @@ func (cl *Client) Unreach(ctx context.Context, vmID string, id proc.Identity, p 
 	return err
 }
 
+// Size is how many bytes a disk in a running jail has.
+func (cl *Client) Size(ctx context.Context, vmID string, id proc.Identity, disk string) (uint64, error) {
+	r, err := cl.do(ctx, &Request{Verb: VerbSize, VM: vmID, Process: &Process{id.PID, id.StartTime}, Path: &Path{Kind: KindDisk, Name: disk}})
+	if err != nil {
+		return 0, err
+	}
+	return r.Size, nil
+}
+
 // keeper does to a VM's process what only root may.
 type keeper struct {
 	cl *Client

@@ -52,6 +52,7 @@ const (
 	VerbExit     Verb = "exit"     // how a VM's process that has ended did so
 	VerbReach    Verb = "reach"    // make a path reachable in a running jail
 	VerbUnreach  Verb = "unreach"  // and take it away
+	VerbSize     Verb = "size"     // how many bytes a disk in a jail has
 )
 
 // Request is what a plugin asks.
@@ -60,9 +61,9 @@ type Request struct {
 	Verb    Verb
 	VM      string   `json:",omitempty"` // its id; of all verbs but list
 	Start   *Start   `json:",omitempty"`
-	Process *Process `json:",omitempty"` // of signal, exit, reach, unreach
+	Process *Process `json:",omitempty"` // of all verbs about a process
 	Signal  int      `json:",omitempty"`
-	Path    *Path    `json:",omitempty"` // of reach and unreach; of the latter only Kind and Name count
+	Path    *Path    `json:",omitempty"` // of reach, unreach and size; of the latter two only Kind and Name count
 }
 
 // Process names a process: pid and start time as /proc/<pid>/stat has it.
@@ -117,6 +118,7 @@ type Reply struct {
 	UID   uint32 `json:",omitempty"`
 	GID   uint32 `json:",omitempty"`
 	VMs   []VM   `json:",omitempty"`
+	Size  uint64 `json:",omitempty"` // of a disk, in bytes
 	Known bool   `json:",omitempty"` // of exit: Status is a wait status
 	// Status is a wait status as wait(2) gives it.
 	Status uint32   `json:",omitempty"`
@@ -193,7 +195,7 @@ func (r *Request) check() error {
 		needs.process, needs.signal = true, true
 	case VerbExit:
 		needs.process = true
-	case VerbReach, VerbUnreach:
+	case VerbReach, VerbUnreach, VerbSize:
 		needs.process, needs.path = true, true
 	default:
 		return bad("no such verb")
@@ -211,7 +213,7 @@ func (r *Request) check() error {
 		return bad("Path")
 	}
 	if r.Path != nil {
-		if err := r.Path.check(r.Verb == VerbUnreach); err != nil {
+		if err := r.Path.check(r.Verb != VerbReach); err != nil {
 			return bad(err.Error())
 		}
 	}

@@ -20,6 +20,7 @@ import (
 	"github.com/mvirt/mvirt/sdk/errs"
 	"github.com/mvirt/mvirt/sdk/internal/launch"
 	"github.com/mvirt/mvirt/sdk/internal/wire"
+	"github.com/mvirt/mvirt/sdk/jail"
 	"github.com/mvirt/mvirt/sdk/service"
 )
 
@@ -157,6 +158,10 @@ func (s *server) open(listen string) error {
 			return err
 		}
 		s.env.Host = h
+	}
+	var err error
+	if s.env.Jail, err = jail.FromEnv(); err != nil {
+		return err
 	}
 	impl, err := s.program.Open(context.Background(), s.env)
 	if err != nil {

@@ -12,6 +12,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 	"github.com/spf13/pflag"
 
+	"github.com/mvirt/mvirt/sdk/jail"
 	"github.com/mvirt/mvirt/sdk/service"
 )
 
@@ -44,4 +45,6 @@ type Env struct {
 	// LaunchDir is a directory of this launch alone, for sockets that the host may reach; it is gone after
 	// the plugin's end. What must live on belongs into the plugin's own directories.
 	LaunchDir string
+	// Jail starts hypervisors, each under a uid of its own; nil: there is none, and a vmm plugin starts them itself.
+	Jail *jail.Client
 }

@@ -175,12 +175,16 @@ func (m *Manager) restoreOne(def store.Definition) error {
 		}
 	}
 	st := store.Status{State: vmm.StateStopped, Reason: "restored from a backup", Since: m.o.Now(), Desired: vmm.StateStopped}
+	as, err := m.identify(m.ctx, def.ID)
+	if err != nil {
+		return err
+	}
 	if err := errors.Join(m.makeVMDir(def.ID), m.db.Apply(def.ID, store.Change{Definition: &def, Status: &st})); err != nil {
 		return err
 	}
 	m.kn.Hold(b.kernel)
 	m.kn.Hold(b.initramfs)
-	v := m.newMachine(def, st)
+	v := m.newMachine(def, st, as)
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	m.enter(v, vmm.EventChanged)

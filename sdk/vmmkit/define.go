@@ -148,15 +148,21 @@ func (m *Manager) Create(ctx context.Context, req vmm.CreateRequest) (vmm.VM, er
 	def := store.Definition{ID: req.ID, Spec: cloneSpec(req.Spec), Generation: 1, CreatedAt: now, Request: fp}
 	setBoot(&def, b)
 	st := store.Status{State: vmm.StateStopped, Reason: "never started", Since: now, Desired: vmm.StateStopped}
+	as, err := m.identify(ctx, req.ID)
+	if err != nil {
+		return vmm.VM{}, err
+	}
 	err = m.makeVMDir(req.ID)
 	if err == nil {
 		err = m.db.Apply(req.ID, store.Change{Definition: &def, Status: &st})
 	}
 	if err != nil {
-		return vmm.VM{}, errors.Join(err, os.RemoveAll(m.vmDir(req.ID)))
+		err = errors.Join(err, os.RemoveAll(m.vmDir(req.ID)))
+		m.forget(ctx, req.ID)
+		return vmm.VM{}, err
 	}
 	keep = true
-	v := m.newMachine(def, st)
+	v := m.newMachine(def, st, as)
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	m.enter(v, vmm.EventChanged)
@@ -300,6 +306,7 @@ func (m *Manager) Delete(ctx context.Context, req vmm.Ref) error {
 	if err := os.RemoveAll(m.vmDir(v.id)); err != nil {
 		m.o.Log.Warn("the directory of a deleted VM stays until the next start", "vm", v.id, "error", err)
 	}
+	m.forget(ctx, v.id)
 	return nil
 }
 

@@ -69,6 +69,7 @@ type Launch struct {
 	Command    proc.Command    // Output is set by the kit
 	Hypervisor string          // "qemu 7.2.22 (tcg)"
 	State      json.RawMessage // kept with the VM, for Connect
+	ReadOnly   []string        // files outside of the VM's directory that it reads, besides kernel and initramfs: firmware
 	Close      func()          // lets go of what Prepare opened, once the process has it; or nil
 }
 

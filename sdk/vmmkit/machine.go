@@ -23,6 +23,7 @@ type machine struct {
 	m    *Manager
 	id   string
 	con  *console.Console
+	as   vmm.RunAs     // who its next hypervisor runs as
 	turn chan struct{} // holds one token while somebody changes the VM
 	view atomic.Pointer[vmm.VM]
 
@@ -51,8 +52,8 @@ type run struct {
 // link is one connection to a run's process. Its events may come before it is held.
 type link struct{ off, lost bool }
 
-func (m *Manager) newMachine(def store.Definition, st store.Status) *machine {
-	v := &machine{m: m, id: def.ID, turn: make(chan struct{}, 1), def: def, desired: st.Desired, state: st.State, reason: st.Reason, since: st.Since}
+func (m *Manager) newMachine(def store.Definition, st store.Status, as vmm.RunAs) *machine {
+	v := &machine{m: m, id: def.ID, as: as, turn: make(chan struct{}, 1), def: def, desired: st.Desired, state: st.State, reason: st.Reason, since: st.Since}
 	v.con = console.New(console.NewLog(m.cw, filepath.Join(m.vmDir(def.ID), "console.log")))
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -77,7 +78,7 @@ func cloneSpec(s vmm.Spec) vmm.Spec {
 // viewLocked makes the published view anew.
 func (v *machine) viewLocked() vmm.VM {
 	vm := vmm.VM{ID: v.id, Spec: cloneSpec(v.def.Spec), Generation: v.def.Generation, CreatedAt: v.def.CreatedAt, State: v.state,
-		Reason: v.reason, Since: v.since, Desired: v.desired, RunAs: v.m.o.RunAs(v.id)}
+		Reason: v.reason, Since: v.since, Desired: v.desired, RunAs: v.runAsLocked()}
 	if r := v.run; r != nil {
 		vm.PID = uint32(r.rec.Process.PID)
 		vm.StartedAt = r.rec.StartedAt

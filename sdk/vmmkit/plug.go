@@ -4,6 +4,7 @@ import (
 	"context"
 
 	"github.com/mvirt/mvirt/sdk/errs"
+	"github.com/mvirt/mvirt/sdk/jail"
 	"github.com/mvirt/mvirt/sdk/vmm"
 	"github.com/mvirt/mvirt/sdk/vmmkit/store"
 )
@@ -25,7 +26,13 @@ func (m *Manager) PlugDisk(ctx context.Context, req vmm.PlugDiskRequest) error {
 		if len(v.running(r).Disks) >= MaxDisks {
 			return errs.New(errs.Exhausted, "it has %d disks, the limit", MaxDisks)
 		}
-		if err := inst.PlugDisk(ctx, req.Disk); err != nil {
+		undo, err := v.reachable(ctx, r, diskPath(req.Disk))
+		if err != nil {
+			return err
+		}
+		disks, _ := inside(r.rec.Jailed, []vmm.DiskAttachment{req.Disk}, nil)
+		if err := inst.PlugDisk(ctx, disks[0]); err != nil {
+			undo()
 			return err
 		}
 		return v.nowHas(r, func(s *vmm.Spec) {
@@ -51,6 +58,7 @@ func (m *Manager) UnplugDisk(ctx context.Context, req vmm.UnplugRequest) error {
 		if err := inst.UnplugDisk(ctx, req.Name); err != nil {
 			return err
 		}
+		v.unreachable(ctx, r, jail.Path{Kind: jail.KindDisk, Name: req.Name})
 		return v.nowHas(r, func(s *vmm.Spec) { s.Disks = kept })
 	}, vmm.StateRunning, vmm.StatePaused)
 	return err
@@ -71,7 +79,17 @@ func (m *Manager) PlugNIC(ctx context.Context, req vmm.PlugNICRequest) error {
 		if len(have) >= MaxNICs {
 			return errs.New(errs.Exhausted, "it has %d NICs, the limit", MaxNICs)
 		}
-		if err := inst.PlugNIC(ctx, req.NIC); err != nil {
+		var paths []jail.Path
+		if req.NIC.SocketPath != "" {
+			paths = append(paths, socketPath(req.NIC))
+		}
+		undo, err := v.reachable(ctx, r, paths...)
+		if err != nil {
+			return err
+		}
+		_, nics := inside(r.rec.Jailed, nil, []vmm.NICAttachment{req.NIC})
+		if err := inst.PlugNIC(ctx, nics[0]); err != nil {
+			undo()
 			return err
 		}
 		return v.nowHas(r, func(s *vmm.Spec) { s.NICs = append(s.NICs, vmm.NIC{NICID: req.NIC.NICID, MAC: req.NIC.MAC}) })
@@ -94,6 +112,7 @@ func (m *Manager) UnplugNIC(ctx context.Context, req vmm.UnplugRequest) error {
 		if err := inst.UnplugNIC(ctx, req.Name); err != nil {
 			return err
 		}
+		v.unreachable(ctx, r, jail.Path{Kind: jail.KindSocket, Name: req.Name})
 		return v.nowHas(r, func(s *vmm.Spec) { s.NICs = kept })
 	}, vmm.StateRunning, vmm.StatePaused)
 	return err
@@ -104,11 +123,26 @@ func (m *Manager) DiskResized(ctx context.Context, req vmm.DiskResizedRequest) e
 	_, err := m.ask(ctx, req.ID, "told of a disk's new size", func(ctx context.Context, v *machine, r *run, inst Instance) error {
 		for _, d := range v.running(r).Disks {
 			if d.Name == req.Name {
+				if err := v.hasSize(ctx, r, req); err != nil {
+					return err
+				}
 				return inst.DiskResized(ctx, req.Name, req.SizeBytes)
 			}
 		}
 		return errs.New(errs.NotFound, "it has no disk %s", req.Name)
 	}, vmm.StateRunning, vmm.StatePaused)
+	return err
+}
+
+// hasSize says whether a disk in a jail, which drivers cannot look at, has the size that is told.
+func (v *machine) hasSize(ctx context.Context, r *run, req vmm.DiskResizedRequest) error {
+	if !r.rec.Jailed {
+		return nil
+	}
+	size, err := v.m.o.Jail.Size(ctx, v.id, r.proc.Identity(), req.Name)
+	if err == nil && size != req.SizeBytes {
+		err = errs.Field("size_bytes", "give the volume's size", "disk %s has %d bytes, not %d", req.Name, size, req.SizeBytes)
+	}
 	return err
 }
 

@@ -49,7 +49,11 @@ func (m *Manager) recover(ctx context.Context) error {
 		if st.Desired == 0 {
 			st.Desired = vmm.StateStopped
 		}
-		v := m.newMachine(it.Value, st)
+		as, err := m.identify(ctx, it.ID)
+		if err != nil {
+			return err
+		}
+		v := m.newMachine(it.Value, st, as)
 		b := bootFilesOf(it.Value)
 		m.kn.Hold(b.kernel)
 		m.kn.Hold(b.initramfs)
@@ -78,6 +82,7 @@ func (m *Manager) recover(ctx context.Context) error {
 		}
 	}
 	m.sweepDirs(c)
+	m.forgetGone(ctx, c)
 	for _, v := range m.findStrays() {
 		m.o.Log.Warn("a hypervisor runs without a record", "vm", v.id)
 		if r := v.findRun(store.Item[store.Runtime]{ID: v.id, Err: errs.New(errs.Corrupt, "no record")}); r != nil {
@@ -111,8 +116,8 @@ func (v *machine) findRun(it store.Item[store.Runtime]) *run {
 	var p *proc.Process
 	err := proc.ErrGone
 	if !damaged && rec.Phase == store.Running {
-		p, err = proc.Open(rec.Process)
-	} else if found, ferr := proc.Find(m.o.RunAs(v.id).UID, rec.Marker); ferr != nil {
+		p, err = m.openRun(rec)
+	} else if found, jailed, ferr := m.findMarked(m.ctx, v.id, rec.Marker); ferr != nil {
 		err = ferr
 	} else if len(found) > 0 {
 		// The oldest: what it may have forked carries the same arguments.
@@ -122,7 +127,8 @@ func (v *machine) findRun(it store.Item[store.Runtime]) *run {
 				rec.Process, rec.Marker = f.Identity, f.Arg
 			}
 		}
-		p, err = proc.Open(rec.Process)
+		rec.Jailed = jailed
+		p, err = m.openRun(rec)
 		m.o.Log.Info("found a hypervisor by its marker", "vm", v.id, "pid", rec.Process.PID)
 	}
 	if err != nil {
@@ -178,7 +184,7 @@ func (v *machine) nothingRuns(rec store.Runtime, damaged bool) {
 // autopsy finds out why a hypervisor ended while nobody watched.
 func (v *machine) autopsy(rec store.Runtime, st *store.Status) {
 	if c, ok := v.m.o.Driver.(Coroner); ok {
-		mach := Machine{ID: v.id, Dir: v.m.vmDir(v.id), Spec: rec.Spec, Marker: rec.Marker, RunAs: v.m.o.RunAs(v.id), State: rec.Driver}
+		mach := Machine{ID: v.id, Dir: v.m.vmDir(v.id), Spec: rec.Spec, Marker: rec.Marker, RunAs: v.as, State: rec.Driver}
 		if reason, fault := c.Autopsy(mach); reason != "" {
 			st.Reason = reason
 			if !fault {
@@ -273,7 +279,7 @@ func (v *machine) reconnectOnce(r *run) error {
 	defer cancel()
 	stop := endWith(ctx, cancel, r)
 	defer stop()
-	mach := Machine{ID: v.id, Dir: v.m.vmDir(v.id), Spec: v.running(r), Marker: r.rec.Marker, RunAs: v.m.o.RunAs(v.id), State: r.rec.Driver, Process: r.proc}
+	mach := Machine{ID: v.id, Dir: v.m.vmDir(v.id), Spec: v.running(r), Marker: r.rec.Marker, RunAs: v.now().RunAs, State: r.rec.Driver, Process: r.proc}
 	l := &link{}
 	inst, err := v.m.o.Driver.Connect(ctx, mach, func(e Event) { v.event(r, l, e) })
 	if err != nil {
@@ -284,13 +290,7 @@ func (v *machine) reconnectOnce(r *run) error {
 
 // sweepDirs removes directories of VMs that were deleted, or never quite created.
 func (m *Manager) sweepDirs(c store.Contents) {
-	known := map[string]bool{}
-	for _, it := range c.Definitions {
-		known[it.ID] = true
-	}
-	for _, it := range c.Runtime {
-		known[it.ID] = true
-	}
+	known := knownOf(c)
 	if half, err := filepath.Glob(filepath.Join(m.o.DataDir, ".restore-*")); err == nil {
 		for _, d := range half {
 			_ = os.RemoveAll(d)
@@ -304,7 +304,7 @@ func (m *Manager) sweepDirs(c store.Contents) {
 		if known[e.Name()] || ident.CheckID("id", e.Name()) != nil {
 			continue
 		}
-		if found, err := proc.Find(m.o.RunAs(e.Name()).UID, markerFor(e.Name())); err != nil || len(found) > 0 {
+		if found, _, err := m.findMarked(m.ctx, e.Name(), markerFor(e.Name())); err != nil || len(found) > 0 {
 			continue // told by findStrays
 		}
 		if err := os.RemoveAll(m.vmDir(e.Name())); err != nil {
@@ -330,7 +330,7 @@ func (m *Manager) findStrays() []*machine {
 			continue
 		}
 		seen[id] = true
-		found, err := proc.Find(m.o.RunAs(id).UID, markerFor(id))
+		found, _, err := m.findMarked(m.ctx, id, markerFor(id))
 		if err != nil || len(found) == 0 {
 			continue
 		}

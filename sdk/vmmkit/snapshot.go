@@ -183,7 +183,7 @@ func (v *machine) snapshot(ctx context.Context, run *run, inst Instance, req vmm
 	}
 	defer os.RemoveAll(tmp)
 	state := filepath.Join(tmp, snapshotState)
-	if err := os.Mkdir(state, 0o700); err != nil {
+	if err := lend(state); err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, copyTime(spec.MemoryBytes))
@@ -247,7 +247,7 @@ func (m *Manager) stateDir(id, name string) (string, error) {
 	if err := os.RemoveAll(dir); err != nil {
 		return "", errs.Wrap(errs.Unknown, err, "what an earlier attempt left cannot be removed")
 	}
-	return dir, errs.Wrap(errs.Unknown, os.Mkdir(dir, 0o700), "the directory of the state cannot be made")
+	return dir, errs.Wrap(errs.Unknown, lend(dir), "the directory of the state cannot be made")
 }
 
 // settle brings all files of a directory to the disk and gives the room that they take.

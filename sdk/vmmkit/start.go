@@ -173,7 +173,8 @@ func (v *machine) launch(ctx context.Context, def store.Definition, req vmm.Star
 	if err != nil {
 		return nil, err
 	}
-	mach.Paused, mach.Fresh, mach.Disks, mach.NICs = req.Paused, true, req.Disks, req.NICs
+	mach.Paused, mach.Fresh = req.Paused, true
+	mach.Disks, mach.NICs = inside(m.o.Jail != nil, req.Disks, req.NICs)
 	if from != nil {
 		if mach.Restore, err = m.restore(v.id, from); err != nil {
 			return nil, err
@@ -199,7 +200,9 @@ func (v *machine) launch(ctx context.Context, def store.Definition, req vmm.Star
 			Because("OTHER_HYPERVISOR").Do("install the version that wrote it beside the new one, and name it to the plugin")
 	}
 	l.Command.Output = out
-	if cg, err := m.cgroup(v.id); err != nil {
+	if m.o.Jail != nil {
+		// the jail has its own
+	} else if cg, err := m.cgroup(v.id); err != nil {
 		m.o.Log.Warn("the hypervisor runs in our cgroup", "vm", v.id, "error", err)
 	} else if cg != nil {
 		defer cg.Close()
@@ -211,14 +214,14 @@ func (v *machine) launch(ctx context.Context, def store.Definition, req vmm.Star
 		snapshotID = from.Snapshot.ID
 	}
 	rec := store.Runtime{VMID: v.id, From: snapshotID, Phase: store.Intent, Marker: mach.Marker, StartedAt: m.o.Now(), Hypervisor: l.Hypervisor,
-		Spec: def.Spec, Initramfs: def.Initramfs, Driver: l.State}
+		Spec: def.Spec, Initramfs: def.Initramfs, Driver: l.State, Jailed: m.o.Jail != nil}
 	v.mu.Lock()
 	st := store.Status{State: vmm.StateStopped, Reason: v.reason, Since: v.since, Desired: vmm.StateRunning}
 	v.mu.Unlock()
 	if err := errors.Join(ctx.Err(), m.db.Apply(v.id, store.Change{Runtime: &rec, Status: &st})); err != nil {
 		return nil, err
 	}
-	p, err := m.o.Spawner.Spawn(ctx, l.Command)
+	p, err := v.spawn(ctx, mach, l, req.Disks, req.NICs)
 	if err != nil {
 		err = errs.Wrap(errs.Unavailable, err, "the hypervisor %s cannot be run", l.Command.Path)
 		return nil, errors.Join(err, m.db.Apply(v.id, store.Change{DeleteRuntime: true}))
@@ -244,7 +247,8 @@ func (v *machine) connect(ctx context.Context, r *run, def store.Definition, req
 		return err
 	}
 	mach.Marker, mach.State, mach.Process = r.rec.Marker, r.rec.Driver, r.proc
-	mach.Paused, mach.Fresh, mach.Disks, mach.NICs = req.Paused, true, req.Disks, req.NICs
+	mach.Paused, mach.Fresh = req.Paused, true
+	mach.Disks, mach.NICs = inside(r.rec.Jailed, req.Disks, req.NICs)
 	limit := connectTimeout
 	if from != nil {
 		mach.Restore, limit = from.restore(mach.Dir), copyTime(def.Spec.MemoryBytes)
@@ -347,7 +351,7 @@ func (v *machine) hold(ctx context.Context, r *run, inst Instance, l *link) erro
 // machineFor makes what a driver is told of a VM, and the files that go with it.
 func (v *machine) machineFor(def store.Definition) (Machine, error) {
 	m := v.m
-	mach := Machine{ID: v.id, Dir: m.vmDir(v.id), Spec: cloneSpec(def.Spec), RunAs: m.o.RunAs(v.id)}
+	mach := Machine{ID: v.id, Dir: m.vmDir(v.id), Spec: cloneSpec(def.Spec), RunAs: v.as}
 	if k := def.Spec.Boot.KernelSHA256; k != "" {
 		mach.Kernel = m.kn.Path(k)
 		if _, err := os.Stat(mach.Kernel); err != nil {

@@ -55,7 +55,8 @@ type Options struct {
 	Log     hclog.Logger
 	Host    service.Host
 	Spawner proc.Spawner                // nil: as children, as our user
-	RunAs   func(vmID string) vmm.RunAs // nil: our user
+	RunAs   func(vmID string) vmm.RunAs // without a jail; nil: our user
+	Jail    Jail                        // starts hypervisors instead of Spawner; nil: there is none
 	Now     func() time.Time            // nil: time.Now
 	Memory  uint64                      // of the host, in bytes; 0: look
 	Cgroup  string                      // a cgroup v2 directory that we may make children in, or ""

@@ -37,7 +37,7 @@ const (
 )
 
 func (c *checker) jail(o *Jail, f *fileJail, core *Core) {
-	*o = Jail{Enabled: true, UIDBase: defaultUIDBase, UIDCount: defaultUIDs, MemoryOverhead: 512 << 20, PIDs: 1024,
+	*o = Jail{Enabled: false, UIDBase: defaultUIDBase, UIDCount: defaultUIDs, MemoryOverhead: 512 << 20, PIDs: 1024,
 		StateDir: filepath.Join(filepath.Dir(core.StateDir), "jail")}
 	if f.Enabled != nil {
 		o.Enabled = *f.Enabled

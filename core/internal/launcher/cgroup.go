@@ -102,3 +102,63 @@ func (c *cgroups) plugin(kind service.Kind, id identity) (*os.File, error) {
 	}
 	return os.Open(inner)
 }
+
+// vmGroups is the group that holds one group a VM.
+const vmGroups = "vm"
+
+// vm makes the group of a VM's hypervisor with its limits and opens it. notes say which limits this host does not
+// let us set. Without groups of our own: nil, and a note.
+func (c *cgroups) vm(id string, memory, pids uint64, cpus uint32) (dir *os.File, notes []string, err error) {
+	if c == nil {
+		return nil, []string{"no control group: mvirtd has none of its own"}, nil
+	}
+	all := filepath.Join(c.base, vmGroups)
+	own := filepath.Join(all, id)
+	for _, d := range []string{all, own} {
+		if err := os.Mkdir(d, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
+			return nil, nil, fmt.Errorf("the control group of VM %s: %w", id, err)
+		}
+		if d == all {
+			for _, ctl := range []string{"memory", "pids", "cpu"} {
+				for _, at := range []string{c.base, all} { // top down; what is refused shows below
+					_ = os.WriteFile(filepath.Join(at, "cgroup.subtree_control"), []byte("+"+ctl), 0)
+				}
+			}
+		}
+	}
+	for _, l := range []struct{ file, value string }{
+		{"memory.max", fmt.Sprint(memory)},
+		{"memory.oom.group", "1"},
+		{"pids.max", fmt.Sprint(pids)},
+		{"cpu.weight", fmt.Sprint(min(10000, 100*uint64(max(1, cpus))))},
+	} {
+		if err := os.WriteFile(filepath.Join(own, l.file), []byte(l.value), 0); err != nil {
+			notes = append(notes, fmt.Sprintf("no %s: %v", l.file, err))
+		}
+	}
+	dir, err = os.Open(own)
+	return dir, notes, err
+}
+
+// removeVM removes a VM's group; one that still has processes stays.
+func (c *cgroups) removeVM(id string) {
+	if c != nil {
+		_ = os.Remove(filepath.Join(c.base, vmGroups, id))
+	}
+}
+
+// sweepVMs removes the groups whose hypervisors ended while no launcher was there.
+func (c *cgroups) sweepVMs() {
+	if c == nil {
+		return
+	}
+	ents, err := os.ReadDir(filepath.Join(c.base, vmGroups))
+	if err != nil {
+		return
+	}
+	for _, e := range ents {
+		if e.IsDir() {
+			c.removeVM(e.Name())
+		}
+	}
+}

@@ -25,6 +25,10 @@ func TestMain(m *testing.M) {
 		switch os.Args[1] {
 		case CoreArg:
 			testCore()
+		case "test-hostile":
+			testHostile()
+		case "test-opener":
+			testOpener()
 		case "test-plugin":
 			testPlugin()
 		}

@@ -65,6 +65,7 @@ func RunRoot(o RootOptions) error {
 		return err
 	}
 	defer r.lock.Close()
+	defer r.st.jails.close()
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	if err := r.st.family.adopt(ctx); err != nil {
@@ -126,6 +127,10 @@ func (r *root) prepare() error {
 		state.Close()
 		return err
 	}
+	if err := r.prepareJails(cg); err != nil {
+		state.Close()
+		return err
+	}
 	killed, err := r.st.sweep()
 	if killed > 0 {
 		r.o.Log.Warn("killed plugins that an earlier launcher left behind", "count", killed)
@@ -134,6 +139,20 @@ func (r *root) prepare() error {
 		r.o.Log.Warn("launch directories of an earlier launcher remain", "error", err)
 	}
 	return nil
+}
+
+// prepareJails makes ready for jails, unless the configuration has none or hypervisors are somebody else's.
+func (r *root) prepareJails(cg *cgroups) (err error) {
+	sp := r.table.specs[service.KindVMM]
+	if sp == nil {
+		return nil
+	}
+	if !r.o.Config.Jail.Enabled {
+		r.o.Log.Warn("hypervisors are not kept apart: they all run as the vmm plugin's user", "remedy", "set enabled = true in [jail]")
+		return nil
+	}
+	r.st.jails, err = newJails(r.o.Config.Jail, r.o.Config.Core.RunDir, sp.id, r.table.trust, cg, r.st.family, r.o.Log)
+	return err
 }
 
 // loop keeps a core running until a signal asks for the end.

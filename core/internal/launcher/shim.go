@@ -22,6 +22,7 @@ import (
 //	then    the program, opened
 //	then    a memfd with a shimSpec
 //	then    a pipe for an error; it closes by itself when the program runs
+//	then    detached mounts, if the program gets a jail
 //
 // What it sets is set on the one thread that calls execve; the others end there.
 const shimArg = "mvirt-exec-shim"
@@ -38,6 +39,7 @@ type shimSpec struct {
 	Caps   uint64
 	NoFile uint64
 	Umask  int
+	Jail   *jailSpec // nil: none
 }
 
 // Shim runs the exec shim if the arguments ask for it; then it does not return. Every main that starts
@@ -47,7 +49,7 @@ func Shim() {
 		return
 	}
 	keep := 0
-	if _, err := fmt.Sscanf(os.Args[2], "%d", &keep); err != nil || keep < 0 || keep > 16 {
+	if _, err := fmt.Sscanf(os.Args[2], "%d", &keep); err != nil || keep < 0 || keep > maxKeep {
 		os.Exit(125)
 	}
 	report := os.NewFile(uintptr(3+keep+2), "report")
@@ -55,6 +57,9 @@ func Shim() {
 	_, _ = io.WriteString(report, err.Error()) // shim returns only with an error
 	os.Exit(125)
 }
+
+// maxKeep bounds the descriptors that a program is given.
+const maxKeep = 256
 
 // execError is an error of execve itself, told apart from the preparations' by its prefix on the pipe.
 const execErrorPrefix = "exec: "
@@ -79,17 +84,32 @@ func shim(keep int) error {
 			return os.NewSyscallError("fcntl", err)
 		}
 	}
-	unix.Umask(s.Umask)
 	if err := limits(s.NoFile); err != nil {
 		return err
 	}
+	last, err := lastCapability()
+	if err != nil {
+		return err
+	}
+	if s.Jail != nil { // from here on nothing of the host is seen, not even /proc
+		unix.Umask(0o022)
+		if err := s.Jail.build(specFD + 2); err != nil {
+			return err
+		}
+	}
+	unix.Umask(s.Umask)
 	if s.Switch {
-		if err := become(&s); err != nil {
+		if err := become(&s, last); err != nil {
 			return err
 		}
 	}
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return os.NewSyscallError("prctl(PR_SET_NO_NEW_PRIVS)", err)
+	}
+	if s.Jail != nil {
+		if err := landlock(append(s.Jail.Rules, llRule{FD: binary, Access: llProgram})); err != nil {
+			return err
+		}
 	}
 	return fmt.Errorf("%s%w", execErrorPrefix, execveat(binary, s.Argv, s.Env))
 }
@@ -115,11 +135,7 @@ func limits(nofile uint64) error {
 
 // become takes on identity and capabilities. Raw system calls: those of package syscall would change all
 // threads, which is slower and here pointless.
-func become(s *shimSpec) error {
-	last, err := lastCapability()
-	if err != nil {
-		return err
-	}
+func become(s *shimSpec, last int) error {
 	for c := range last + 1 {
 		if s.Caps&(1<<c) == 0 {
 			if err := unix.Prctl(unix.PR_CAPBSET_DROP, uintptr(c), 0, 0, 0); err != nil {

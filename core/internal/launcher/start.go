@@ -44,8 +44,10 @@ type program struct {
 	stdout *os.File // the process's ends; nil: /dev/null
 	stderr *os.File
 	keep   []*os.File
-	cgroup *os.File // directory, or nil
-	family *family  // that the process is counted among
+	setup  []*os.File // for the shim alone
+	clone  uintptr    // namespaces to be made
+	cgroup *os.File   // directory, or nil
+	family *family    // that the process is counted among
 }
 
 // child is a process that start made.
@@ -80,13 +82,14 @@ func start(p program) (*child, error) {
 	cmd.Env = []string{"PATH=/nonexistent"} // the shim needs none, and Go's own variables must not reach it
 	cmd.Dir = "/"
 	cmd.ExtraFiles = append(append([]*os.File(nil), p.keep...), p.binary, specFile, reportW)
+	cmd.ExtraFiles = append(cmd.ExtraFiles, p.setup...)
 	if p.stdout != nil {
 		cmd.Stdout = p.stdout
 	}
 	if p.stderr != nil {
 		cmd.Stderr = p.stderr
 	}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, PidFD: &pidfd}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, PidFD: &pidfd, Cloneflags: p.clone}
 	if p.cgroup != nil {
 		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(p.cgroup.Fd())
 	}

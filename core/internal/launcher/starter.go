@@ -23,6 +23,7 @@ type starter struct {
 	cg     *cgroups
 	env    Environment
 	family *family
+	jails  *jails // nil: hypervisors are started by the vmm plugin
 
 	mu      sync.Mutex
 	hostPID int // the process that plugins shall let in: the core
@@ -143,10 +144,19 @@ func (s *starter) startLaunch(l *launch, sp *spec) (err error) {
 	s.mu.Lock()
 	hostPID := s.hostPID
 	s.mu.Unlock()
+	keep, env := []*os.File{theirs[2]}, append(append([]string(nil), sp.env...), s.env(l.dir, s.table.core.UID, hostPID)...)
+	if l.kind == service.KindVMM && s.jails != nil {
+		sock, e, err := s.jails.jailSocket()
+		if err != nil {
+			return err
+		}
+		defer sock.Close()
+		keep, env = append(keep, sock), append(env, e)
+	}
 	c, err := start(program{
-		binary: binary, stdout: theirs[0], stderr: theirs[1], keep: []*os.File{theirs[2]}, cgroup: cg, family: s.family,
+		binary: binary, stdout: theirs[0], stderr: theirs[1], keep: keep, cgroup: cg, family: s.family,
 		shim: shimSpec{
-			Argv: append([]string{sp.command}, sp.args...), Env: append(append([]string(nil), sp.env...), s.env(l.dir, s.table.core.UID, hostPID)...),
+			Argv: append([]string{sp.command}, sp.args...), Env: env,
 			Script: isScript(binary), Switch: s.table.root, UID: sp.id.UID, GID: sp.id.GID, Groups: sp.id.Groups,
 			Caps: sp.caps, NoFile: sp.nofile, Umask: pluginUmask,
 		},

@@ -54,7 +54,7 @@ func (l *Log) open() error {
 		return os.ErrClosed
 	}
 	if l.f == nil {
-		f, err := os.OpenFile(l.path, os.O_RDWR|os.O_CREATE|os.O_APPEND, 0o600)
+		f, err := os.OpenFile(l.path, os.O_RDWR|os.O_CREATE|os.O_APPEND, 0o660) // a jail's uid comes in by an entry that the group's bits bound
 		if err != nil {
 			return err
 		}

@@ -84,7 +84,7 @@ func (s *Store) Add(kind Kind, f *os.File) (hash string, err error) {
 	if n > limit {
 		return "", errs.Field(string(kind), "give the right file", "the %s grew while it was read", kind)
 	}
-	if err := errors.Join(tmp.Chmod(0o400), tmp.Sync(), tmp.Close()); err != nil {
+	if err := errors.Join(tmp.Chmod(0o444), tmp.Sync(), tmp.Close()); err != nil {
 		return "", err
 	}
 	hash = hex.EncodeToString(h.Sum(nil))
@@ -114,7 +114,7 @@ func (s *Store) Put(hash string, r io.Reader) error {
 	if got := hex.EncodeToString(h.Sum(nil)); got != hash {
 		return errs.New(errs.Corrupt, "a kernel has not the hash that it is called by")
 	}
-	if err := errors.Join(tmp.Chmod(0o400), tmp.Sync(), tmp.Close()); err != nil {
+	if err := errors.Join(tmp.Chmod(0o444), tmp.Sync(), tmp.Close()); err != nil {
 		return err
 	}
 	s.mu.Lock()

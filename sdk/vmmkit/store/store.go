@@ -73,6 +73,7 @@ type Runtime struct {
 	Initramfs  string
 	Driver     json.RawMessage `json:",omitempty"` // what the driver wants to know again
 	Stop       string          // why it is being ended, "" if it is not
+	Jailed     bool            `json:",omitempty"` // it was started in a jail, under a uid of its own
 	Reason     string          // of the state: "guest panicked"
 	From       string          // memory snapshot that it was started from, "" if it booted
 }

@@ -214,10 +214,13 @@ func (d *Driver) Prepare(ctx context.Context, m vmmkit.Machine) (vmmkit.Launch, 
 		return vmmkit.Launch{}, &errs.Error{Kind: errs.Unavailable, Reason: "KVM_UNAVAILABLE", Message: "cloud-hypervisor needs KVM", Err: d.kvm,
 			Remedy: "load kvm_intel or kvm_amd, and let the plugin's user into the group of /dev/kvm; or use vmm-qemu"}
 	}
+	var reads []string
 	if m.Kernel == "" {
-		if _, err := d.firmware(m.Spec.Boot.Firmware); err != nil {
+		fw, err := d.firmware(m.Spec.Boot.Firmware)
+		if err != nil {
 			return vmmkit.Launch{}, err
 		}
+		reads = []string{fw}
 	}
 	// It binds its serial socket itself, and only where nothing is.
 	for _, f := range []string{serialSocket, vsockSocket, eventsFile} {
@@ -247,6 +250,7 @@ func (d *Driver) Prepare(ctx context.Context, m vmmkit.Machine) (vmmkit.Launch, 
 		Command:    proc.Command{Path: prog.path, Name: m.Marker, Args: args, Dir: m.Dir, Env: environment(), Files: []*os.File{api}},
 		Hypervisor: "cloud-hypervisor " + prog.version.String() + " (kvm)",
 		State:      st,
+		ReadOnly:   reads,
 		Close:      func() { api.Close() },
 	}, nil
 }

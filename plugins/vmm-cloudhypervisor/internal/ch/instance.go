@@ -447,6 +447,9 @@ func (i *instance) DiskResized(ctx context.Context, name string, size uint64) er
 			continue
 		}
 		f, err := os.Open(d.Path)
+		if errors.Is(err, os.ErrNotExist) && strings.HasPrefix(d.Path, "/disk/") { // in a jail; the kit has looked there
+			return i.c.Put(ctx, "vm.resize-disk", chapi.ResizeDisk{ID: d.ID, Size: size}, nil)
+		}
 		if err != nil {
 			return errs.Wrap(errs.Unknown, err, "disk %s cannot be opened", name)
 		}

@@ -44,7 +44,11 @@ func New() plugin.Program {
 			if err != nil {
 				return nil, err
 			}
-			return vmmkit.Open(ctx, vmmkit.Options{DataDir: dir, Driver: d, Log: env.Log, Host: env.Host, Cgroup: cgroup})
+			m, err := vmmkit.Open(ctx, vmmkit.Options{DataDir: dir, Driver: d, Log: env.Log, Host: env.Host, Cgroup: cgroup})
+			if err != nil {
+				return nil, err
+			}
+			return vmmkit.Snapshotting{Resizable: vmmkit.Resizable{Manager: m}}, nil
 		},
 	}
 }

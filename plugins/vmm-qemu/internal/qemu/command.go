@@ -25,11 +25,14 @@ type obj map[string]any
 // command makes a command line. All that is not JSON consists of our own words, numbers, and the two
 // arguments that QEMU takes whole (-kernel, -initrd: our paths; -append: the kernel's command line).
 type command struct {
-	d     *Driver
-	m     vmmkit.Machine
-	args  []string
-	files []*os.File // descriptors from 5 on
-	port  int        // next root port
+	d      *Driver
+	m      vmmkit.Machine
+	args   []string
+	files  []*os.File     // descriptors from firstFile on
+	opened []*os.File     // those of them that are ours to close
+	port   int            // next root port
+	reads  []string       // firmware
+	was    *snapshotState // what a snapshot was made with; nil: boot
 }
 
 func (c *command) add(args ...string) { c.args = append(c.args, args...) }
@@ -50,7 +53,7 @@ func (c *command) shared() bool {
 			return true
 		}
 	}
-	return false
+	return c.was != nil && c.was.Shared
 }
 
 func (c *command) build() error {
@@ -61,26 +64,89 @@ func (c *command) build() error {
 	if s.Boot.Firmware == "uefi" {
 		machine += ",pflash0=code,pflash1=vars"
 	}
+	boot := c.bootSize()
+	sockets, cores, threads := uint32(1), maxCPUs, uint32(1)
+	if t := s.Topology; t != (vmm.Topology{}) {
+		sockets, cores, threads = t.Sockets, t.Cores, t.Threads
+	}
+	memory := strconv.FormatUint(boot.BootMemory/mib, 10)
+	if boot.Region > 0 {
+		memory = fmt.Sprintf("size=%sM,maxmem=%dM", memory, (boot.BootMemory+boot.Region)/mib)
+	}
 	c.add("-name", c.m.Marker, "-nodefaults", "-no-user-config", "-display", "none",
 		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-		"-machine", machine, "-cpu", c.cpu(), "-smp", fmt.Sprintf("cpus=%d,maxcpus=%d,sockets=1,cores=%d,threads=1", s.CPUs, maxCPUs, maxCPUs),
-		"-m", strconv.FormatUint(s.MemoryBytes/mib, 10), "-uuid", c.m.ID, "-rtc", "base=utc", "-boot", "strict=on",
-		"-action", "shutdown=pause,reboot=reset,panic=none",
+		"-machine", machine, "-cpu", c.cpu(), "-smp", fmt.Sprintf("cpus=%d,maxcpus=%d,sockets=%d,cores=%d,threads=%d", boot.BootCPUs, maxCPUs, sockets, cores, threads),
+		"-m", memory, "-uuid", c.m.ID, "-rtc", "base=utc", "-boot", "strict=on",
+		"-action", "shutdown=pause,reboot=reset,panic=none,watchdog=reset",
 		"-chardev", "socket,id=api,fd=3,server=on,wait=off", "-mon", "chardev=api,mode=control",
 		"-chardev", "socket,id=serial,fd=4,server=on,wait=off,logfile=console.log,logappend=on")
-	ram := obj{"qom-type": "memory-backend-ram", "id": "ram", "size": s.MemoryBytes}
-	if c.shared() || s.HugePages {
-		ram = obj{"qom-type": "memory-backend-memfd", "id": "ram", "size": s.MemoryBytes, "share": c.shared(), "hugetlb": s.HugePages}
+	err := errors.Join(c.json("-object", c.memory("ram", boot.BootMemory)), c.json("-device", obj{"driver": "isa-serial", "chardev": "serial"}))
+	if boot.Region > 0 {
+		err = errors.Join(err, c.json("-object", c.memory(memoryDevice, boot.Region)),
+			c.json("-device", obj{"driver": "virtio-mem-pci", "id": memoryDevice, "memdev": memoryDevice, "requested-size": 0, "bus": "pcie.0"}))
 	}
-	err := errors.Join(c.json("-object", ram), c.json("-device", obj{"driver": "isa-serial", "chardev": "serial"}))
+	if s.Watchdog {
+		err = errors.Join(err, c.json("-device", obj{"driver": "i6300esb", "bus": "pcie.0"}))
+	}
+	if s.Vsock != 0 {
+		err = errors.Join(err, c.vsock())
+	}
 	if err := errors.Join(err, c.ports(), c.boot(), c.devices()); err != nil {
 		return err
+	}
+	if c.was != nil {
+		return c.incoming()
 	}
 	if c.m.Paused {
 		c.add("-S")
 	}
 	return nil
 }
+
+// blockMemory is the size of the pieces in which memory comes and goes (virtio-mem's default on x86), in bytes.
+const blockMemory = 2 << 20
+
+// memoryDevice is the id of the device that brings memory beyond what a VM boots with, and of its back-end.
+const memoryDevice = "more-memory"
+
+// bootSize is how many vCPUs and how much memory the machine begins with, and how much can come.
+func (c *command) bootSize() size {
+	if c.was != nil {
+		return c.was.size
+	}
+	s := c.m.Spec
+	b := size{BootCPUs: s.CPUs, BootMemory: s.MemoryBytes}
+	if s.MaxMemory > s.MemoryBytes {
+		b.Region = (s.MaxMemory - s.MemoryBytes + blockMemory - 1) / blockMemory * blockMemory
+	}
+	return b
+}
+
+func (c *command) memory(id string, bytes uint64) obj {
+	if c.shared() || c.m.Spec.HugePages {
+		return obj{"qom-type": "memory-backend-memfd", "id": id, "size": bytes, "share": c.shared(), "hugetlb": c.m.Spec.HugePages}
+	}
+	return obj{"qom-type": "memory-backend-ram", "id": id, "size": bytes}
+}
+
+// vsock gives the guest a virtio socket whose other side is the host's kernel.
+func (c *command) vsock() error {
+	f, err := os.OpenFile(vhostVsock, os.O_RDWR, 0)
+	if err != nil {
+		return errs.Wrap(errs.Unavailable, err, "the host's side of the virtio socket cannot be opened")
+	}
+	c.opened = append(c.opened, f)
+	return c.json("-device", obj{"driver": "vhost-vsock-pci", "guest-cid": c.m.Spec.Vsock, "vhostfd": c.pass(f), "bus": "pcie.0"})
+}
+
+// pass hands a file to the process and gives its number there.
+func (c *command) pass(f *os.File) string {
+	c.files = append(c.files, f)
+	return strconv.Itoa(firstFile + len(c.files) - 1)
+}
+
+// firstFile is the number of the first descriptor after those of the two sockets.
+const firstFile = 5
 
 func (c *command) cpu() string {
 	switch {
@@ -97,11 +163,7 @@ func (c *command) cpu() string {
 // ports makes the root ports that disks and NICs are plugged into, eight functions a slot, from slot 2 on. The
 // guest numbers devices in their order.
 func (c *command) ports() error {
-	n := len(c.m.Disks) + len(c.m.NICs) + sparePorts
-	if c.m.CloudInit != "" {
-		n++
-	}
-	for i := range n {
+	for i := range c.countPorts() {
 		o := obj{"driver": "pcie-root-port", "id": portID(i), "chassis": i + 1, "bus": "pcie.0", "addr": fmt.Sprintf("0x%x.%d", 2+i/8, i%8)}
 		if i%8 == 0 {
 			o["multifunction"] = true
@@ -113,11 +175,31 @@ func (c *command) ports() error {
 	return nil
 }
 
+func (c *command) countPorts() int {
+	if c.was != nil {
+		return c.was.Ports
+	}
+	n := len(c.m.Disks) + len(c.m.NICs) + sparePorts
+	if c.m.CloudInit != "" {
+		n++
+	}
+	return n
+}
+
 func portID(i int) string { return "port" + strconv.Itoa(i) }
 
-func (c *command) nextPort() string {
+// portFor is where a device goes: the next port, or the one that it had when the snapshot was made, under the
+// id that it had then.
+func (c *command) portFor(id string) (string, error) {
+	if c.was != nil {
+		p := c.was.At[id]
+		if p == "" {
+			return "", otherShape("the snapshot has no device %q", id)
+		}
+		return p, nil
+	}
 	c.port++
-	return portID(c.port - 1)
+	return portID(c.port - 1), nil
 }
 
 func (c *command) boot() error {
@@ -142,6 +224,7 @@ func (c *command) boot() error {
 	if err := copyOnce(vars, own); err != nil {
 		return errs.Wrap(errs.Unknown, err, "the VM's UEFI variables cannot be made")
 	}
+	c.reads = append(c.reads, code)
 	file := func(p string, ro bool) obj { return obj{"driver": "file", "filename": p, "read-only": ro} }
 	return errors.Join(
 		c.json("-blockdev", obj{"driver": "raw", "node-name": "code", "read-only": true, "file": file(code, true)}),
@@ -176,13 +259,28 @@ func copyOnce(src, dst string) error {
 func (c *command) devices() error {
 	var all error
 	for i, d := range c.m.Disks {
-		dev := diskDevice(d, c.nextPort())
+		port, err := c.portFor(diskID(d.Name))
+		if err != nil {
+			return err
+		}
+		dev := diskDevice(d, port)
+		if d.Limit != (vmm.RateLimit{}) {
+			all = errors.Join(all, c.json("-object", throttle(d)))
+		}
 		if c.m.Kernel == "" {
 			dev["bootindex"] = i + 1
 		}
 		all = errors.Join(all, c.json("-blockdev", blockdev(d)), c.json("-device", dev))
 	}
-	for _, n := range c.m.NICs {
+	for i, n := range c.m.NICs {
+		id := nicID(n.NICID)
+		if c.was != nil {
+			id = nicID(c.m.Restore.Spec.NICs[i].NICID)
+		}
+		port, err := c.portFor(id)
+		if err != nil {
+			return err
+		}
 		net, chardev, err := c.netdev(n)
 		if err != nil {
 			return err
@@ -190,11 +288,15 @@ func (c *command) devices() error {
 		if chardev != "" {
 			c.add("-chardev", chardev)
 		}
-		all = errors.Join(all, c.json("-netdev", net), c.json("-device", nicDevice(n, c.nextPort())))
+		all = errors.Join(all, c.json("-netdev", net), c.json("-device", nicDevice(n, port)))
 	}
 	if c.m.CloudInit != "" {
 		ci := vmm.DiskAttachment{Name: "cidata", Path: c.m.CloudInit, ReadOnly: true}
-		dev := diskDevice(ci, c.nextPort())
+		port, err := c.portFor("cidata")
+		if err != nil {
+			return err
+		}
+		dev := diskDevice(ci, port)
 		dev["id"], dev["drive"] = "cidata", "cidata"
 		bd := blockdev(ci)
 		bd["node-name"] = "cidata"
@@ -218,7 +320,27 @@ func blockdev(d vmm.DiskAttachment) obj {
 		// A block device is not to be cached twice; reads and writes go to it straight.
 		file["driver"], file["cache"], file["aio"] = "host_device", obj{"direct": true}, "native"
 	}
-	return obj{"driver": "raw", "node-name": diskID(d.Name), "read-only": d.ReadOnly, "discard": "unmap", "file": file}
+	raw := obj{"driver": "raw", "read-only": d.ReadOnly, "discard": "unmap", "file": file}
+	if d.Limit == (vmm.RateLimit{}) {
+		raw["node-name"] = diskID(d.Name)
+		return raw
+	}
+	return obj{"driver": "throttle", "node-name": diskID(d.Name), "throttle-group": limitID(d.Name), "read-only": d.ReadOnly,
+		"discard": "unmap", "file": raw}
+}
+
+func limitID(name string) string { return "limit-" + name }
+
+// throttle is the object that a disk with a limit is held to.
+func throttle(d vmm.DiskAttachment) obj {
+	limits := obj{}
+	if n := d.Limit.BytesPerSecond; n != 0 {
+		limits["bps-total"] = n
+	}
+	if n := d.Limit.OpsPerSecond; n != 0 {
+		limits["iops-total"] = n
+	}
+	return obj{"qom-type": "throttle-group", "id": limitID(d.Name), "limits": limits}
 }
 
 func diskDevice(d vmm.DiskAttachment, port string) obj {
@@ -245,8 +367,7 @@ func (c *command) netdev(n vmm.NICAttachment) (net obj, chardev string, err erro
 	case len(n.TAP) > 0:
 		var fds []string
 		for _, f := range n.TAP {
-			fds = append(fds, strconv.Itoa(5+len(c.files)))
-			c.files = append(c.files, f)
+			fds = append(fds, c.pass(f))
 		}
 		return tapNetdev(n, fds), "", nil
 	case n.TAPName != "":

@@ -44,6 +44,9 @@ type Config struct {
 	Firmware []string // directories with OVMF; nil: the usual ones
 }
 
+// vhostVsock is the kernel's side of guests' virtio sockets.
+const vhostVsock = "/dev/vhost-vsock"
+
 // Sockets in a VM's directory.
 const (
 	apiSocket    = "api.sock"
@@ -196,6 +199,14 @@ func (d *Driver) Check(s vmm.Spec) error {
 	if s.Nested && d.kvm != nil {
 		return errs.Field("spec.nested", "leave nested virtualisation off", "nested virtualisation needs KVM, and guests here are emulated")
 	}
+	if s.Vsock != 0 {
+		f, err := os.OpenFile(vhostVsock, os.O_RDWR, 0)
+		if err != nil {
+			return &errs.Error{Kind: errs.Invalid, Field: "spec.vsock", Message: "virtio sockets need " + vhostVsock, Err: err,
+				Remedy: "modprobe vhost_vsock, and let the plugin's user into the device's group; or leave the socket away"}
+		}
+		f.Close()
+	}
 	if s.Boot.Firmware == "uefi" {
 		_, _, err := d.ovmf()
 		return err
@@ -225,6 +236,15 @@ func regular(p string) bool {
 // state is what is kept with a VM between Prepare and each Connect.
 type state struct {
 	Shared bool // guest memory is shared: vhost-user devices can be plugged
+	Ports  int  // root ports
+	size
+}
+
+// size is what a machine began with.
+type size struct {
+	BootCPUs   uint32
+	BootMemory uint64 // bytes
+	Region     uint64 // bytes that can come beyond
 }
 
 // Prepare makes the command.
@@ -238,10 +258,22 @@ func (d *Driver) Prepare(ctx context.Context, m vmmkit.Machine) (vmmkit.Launch, 
 		return vmmkit.Launch{}, d.err
 	}
 	c := command{d: d, m: m}
+	ok := false
+	defer func() {
+		if !ok {
+			c.close()
+		}
+	}()
+	if m.Restore != nil {
+		c.was = &snapshotState{}
+		if err := json.Unmarshal(m.Restore.State, c.was); err != nil {
+			return vmmkit.Launch{}, errs.Wrap(errs.Corrupt, err, "what is stored of the snapshot is damaged")
+		}
+	}
 	if err := c.build(); err != nil {
 		return vmmkit.Launch{}, err
 	}
-	st, err := json.Marshal(state{Shared: c.shared()})
+	st, err := json.Marshal(state{Shared: c.shared(), Ports: c.countPorts(), size: c.bootSize()})
 	if err != nil {
 		return vmmkit.Launch{}, err
 	}
@@ -254,14 +286,17 @@ func (d *Driver) Prepare(ctx context.Context, m vmmkit.Machine) (vmmkit.Launch, 
 		api.Close()
 		return vmmkit.Launch{}, errs.Wrap(errs.Unknown, err, "the serial socket cannot be made")
 	}
+	ok = true
 	return vmmkit.Launch{
 		Command: proc.Command{Path: d.binary, Args: c.args, Dir: m.Dir, Env: environment(),
 			Files: append([]*os.File{api, serial}, c.files...)},
 		Hypervisor: fmt.Sprintf("qemu %s (%s)", d.version, d.accel()),
 		State:      st,
+		ReadOnly:   c.reads,
 		Close: func() {
 			api.Close()
 			serial.Close()
+			c.close()
 		},
 	}, nil
 }
