@@ -47,7 +47,7 @@ func openUIDs(c *config.Jail, t trust) (*uids, error) {
 		return nil, errs.Wrap(errs.Unknown, err, "jail.state_dir")
 	}
 	u.dir = d
-	if err := u.load(); err != nil {
+	if err := u.load(true); err != nil {
 		d.Close()
 		return nil, err
 	}
@@ -79,14 +79,17 @@ func (u *uids) unclaimed(path string) error {
 
 func (u *uids) has(uid uint32) bool { return uid >= u.base && uid-u.base < u.count }
 
-func (u *uids) load() error {
+// load reads the files; clean removes those that were half written.
+func (u *uids) load(clean bool) error {
 	names, err := u.dir.Readdirnames(-1)
 	if err != nil {
 		return fmt.Errorf("reading %s: %w", u.dir.Name(), err)
 	}
 	for _, n := range names {
 		if ident.CheckID("vm", n) != nil {
-			_ = unix.Unlinkat(int(u.dir.Fd()), n, 0) // half written
+			if clean {
+				_ = unix.Unlinkat(int(u.dir.Fd()), n, 0)
+			}
 			continue
 		}
 		text, err := os.ReadFile(filepath.Join(u.dir.Name(), n))

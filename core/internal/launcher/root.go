@@ -66,6 +66,11 @@ func RunRoot(o RootOptions) error {
 	}
 	defer r.lock.Close()
 	defer r.st.jails.close()
+	if done, err := shrink(t.ownCaps()); err != nil {
+		return errs.Wrap(errs.Precondition, err, "mvirtd cannot give up the capabilities that it does not need")
+	} else if !done {
+		o.Log.Warn("mvirtd keeps capabilities that it does not need: it is linked with C")
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	if err := r.st.family.adopt(ctx); err != nil {

@@ -8,6 +8,7 @@ import (
 
 	"github.com/mvirt/mvirt/core/internal/config"
 	"github.com/mvirt/mvirt/sdk/errs"
+	"github.com/mvirt/mvirt/sdk/jail"
 	"github.com/mvirt/mvirt/sdk/service"
 )
 
@@ -115,6 +116,55 @@ type Grant struct {
 	Capabilities []string // permitted, effective and the whole bounding set
 	NoNewPrivs   bool
 	Enforced     bool // false: not root, so nothing was set but no_new_privs
+}
+
+// Wanted is what every process of a system must be, for comparing it with what is.
+type Wanted struct {
+	Launcher uint64 // capabilities that it holds at most
+	Core     Grant
+	Plugins  map[service.Kind]Grant
+	Worker   map[service.Kind]uint32 // uid of a plugin's workers
+	Groups   []uint32                // supplementary groups of hypervisors in jails
+}
+
+// WantedOf tells what a configuration wants when mvirtd runs as root, by what is in /etc/passwd now.
+func WantedOf(cfg *config.Config) (Wanted, error) {
+	t, err := newTable(cfg, true, systemAccounts())
+	if err != nil {
+		return Wanted{}, err
+	}
+	w := Wanted{Launcher: t.ownCaps(), Core: Grant{UID: t.core.UID, GID: t.core.GID, Groups: t.core.Groups, NoNewPrivs: true, Enforced: true},
+		Worker: map[service.Kind]uint32{}}
+	if w.Plugins, err = Grants(cfg, true); err != nil {
+		return w, err
+	}
+	for k, p := range cfg.Plugins {
+		if p.WorkerUser == "" {
+			continue
+		}
+		if w.Worker[k], _, err = lookupUser(p.WorkerUser); err != nil {
+			return w, err
+		}
+	}
+	if s := t.specs[service.KindVMM]; s != nil {
+		w.Groups = s.id.Groups
+	}
+	return w, nil
+}
+
+// JailedVMs reads which VM has which uid, without a launcher. Without jails there are none.
+func JailedVMs(cfg *config.Config) ([]jail.VM, error) {
+	d, err := os.Open(cfg.Jail.StateDir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	u := &uids{dir: d, base: cfg.Jail.UIDBase, count: cfg.Jail.UIDCount, byVM: map[string]uint32{}, byUID: map[uint32]string{}}
+	err = u.load(false)
+	return u.list(), err
 }
 
 // Grants tells what each plugin is given under a configuration, by what is in /etc/passwd now.
