@@ -121,7 +121,7 @@ func (w *World) String() string {
 		for _, a := range v.Attachments {
 			line += " attached to " + w.vmName(a.VMID)
 		}
-		out = append(out, line)
+		out = append(out, fmt.Sprintf("%s size:%d", line, v.SizeBytes))
 	}
 	for _, t := range w.templates {
 		out = append(out, "template "+t.Name)
@@ -130,17 +130,24 @@ func (w *World) String() string {
 		out = append(out, "snapshot "+s.VolumeName+"@"+s.Name)
 	}
 	for _, n := range w.networks {
-		out = append(out, "network "+n.Name)
+		line := "network " + n.Name
+		if len(n.DNS) > 0 {
+			line += fmt.Sprintf(" dns:%v", n.DNS)
+		}
+		out = append(out, line)
 	}
 	for _, n := range w.nics {
 		line := "nic " + n.Name
 		if n.VMID != "" {
 			line += " attached to " + w.vmName(n.VMID)
 		}
+		if len(n.RoutedPrefixes) > 0 {
+			line += fmt.Sprintf(" routed:%v", n.RoutedPrefixes)
+		}
 		out = append(out, line)
 	}
 	for _, g := range w.groups {
-		out = append(out, "group "+g.Name)
+		out = append(out, fmt.Sprintf("group %s rules:%d", g.Name, len(g.Rules)))
 	}
 	for _, v := range w.vms {
 		line := fmt.Sprintf("vm %s %s", v.Spec.Name, v.State)
@@ -150,6 +157,7 @@ func (w *World) String() string {
 		if n := len(v.Spec.NICs); n > 0 {
 			line += fmt.Sprintf(" nics:%d", n)
 		}
+		line += fmt.Sprintf(" cpus:%d", v.Spec.CPUs)
 		out = append(out, line)
 	}
 	slices.Sort(out)

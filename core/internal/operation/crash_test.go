@@ -215,6 +215,7 @@ type scenario struct {
 	name   string
 	setup  func(l *lab)
 	change func(l *lab) (operation.Operation, error)
+	same   bool // what there is afterwards is what was there before: a reboot, an exchange
 }
 
 func getVM(l *lab) vmm.VM {
@@ -230,77 +231,77 @@ func running(l *lab) { l.must(l.createWeb(true)) }
 
 func scenarios() []scenario {
 	ctx := context.Background()
-	return []scenario{
-		{"vm.create", nil, func(l *lab) (operation.Operation, error) { return l.createWeb(false) }},
-		{"vm.create and start", nil, func(l *lab) (operation.Operation, error) { return l.createWeb(true) }},
-		{"vm.start", stopped, func(l *lab) (operation.Operation, error) { return l.changes.StartVM(ctx, call, web, false) }},
-		{"vm.stop", running, func(l *lab) (operation.Operation, error) { return l.changes.StopVM(ctx, call, web, 0, false) }},
-		{"vm.kill", running, func(l *lab) (operation.Operation, error) { return l.changes.KillVM(ctx, call, web) }},
-		{"vm.release", func(l *lab) { running(l); l.w.PowerOff("web") }, func(l *lab) (operation.Operation, error) {
+	return append(moreScenarios(), []scenario{
+		{name: "vm.create", change: func(l *lab) (operation.Operation, error) { return l.createWeb(false) }},
+		{name: "vm.create and start", change: func(l *lab) (operation.Operation, error) { return l.createWeb(true) }},
+		{name: "vm.start", setup: stopped, change: func(l *lab) (operation.Operation, error) { return l.changes.StartVM(ctx, call, web, false) }},
+		{name: "vm.stop", setup: running, change: func(l *lab) (operation.Operation, error) { return l.changes.StopVM(ctx, call, web, 0, false) }},
+		{name: "vm.kill", setup: running, change: func(l *lab) (operation.Operation, error) { return l.changes.KillVM(ctx, call, web) }},
+		{name: "vm.release", setup: func(l *lab) { running(l); l.w.PowerOff("web") }, change: func(l *lab) (operation.Operation, error) {
 			return l.changes.ReleaseVM(ctx, call, getVM(l), "guest powered off")
 		}},
-		{"vm.delete stopped", stopped, func(l *lab) (operation.Operation, error) {
+		{name: "vm.delete stopped", setup: stopped, change: func(l *lab) (operation.Operation, error) {
 			op, _, err := l.changes.DeleteVM(ctx, call, plan.DeleteVM{ID: web})
 			return op, err
 		}},
-		{"vm.delete running", running, func(l *lab) (operation.Operation, error) {
+		{name: "vm.delete running", setup: running, change: func(l *lab) (operation.Operation, error) {
 			op, _, err := l.changes.DeleteVM(ctx, call, plan.DeleteVM{ID: web, Force: true})
 			return op, err
 		}},
-		{"vm.delete recursive", stopped, func(l *lab) (operation.Operation, error) {
+		{name: "vm.delete recursive", setup: stopped, change: func(l *lab) (operation.Operation, error) {
 			op, _, err := l.changes.DeleteVM(ctx, call, plan.DeleteVM{ID: web, Recursive: true})
 			return op, err
 		}},
-		{"attach new disk hot", running, func(l *lab) (operation.Operation, error) {
+		{name: "attach new disk hot", setup: running, change: func(l *lab) (operation.Operation, error) {
 			return l.changes.AttachDisk(ctx, call, web, plan.NewDisk{SizeBytes: 1 << 20})
 		}},
-		{"attach volume hot", running, func(l *lab) (operation.Operation, error) {
+		{name: "attach volume hot", setup: running, change: func(l *lab) (operation.Operation, error) {
 			return l.changes.AttachDisk(ctx, call, web, plan.NewDisk{VolumeID: other})
 		}},
-		{"attach volume cold", stopped, func(l *lab) (operation.Operation, error) {
+		{name: "attach volume cold", setup: stopped, change: func(l *lab) (operation.Operation, error) {
 			return l.changes.AttachDisk(ctx, call, web, plan.NewDisk{VolumeID: other})
 		}},
-		{"detach volume hot", running, func(l *lab) (operation.Operation, error) { return l.changes.DetachDisk(ctx, call, web, "data") }},
-		{"detach volume cold", stopped, func(l *lab) (operation.Operation, error) { return l.changes.DetachDisk(ctx, call, web, spare) }},
-		{"attach new NIC hot", running, func(l *lab) (operation.Operation, error) {
+		{name: "detach volume hot", setup: running, change: func(l *lab) (operation.Operation, error) { return l.changes.DetachDisk(ctx, call, web, "data") }},
+		{name: "detach volume cold", setup: stopped, change: func(l *lab) (operation.Operation, error) { return l.changes.DetachDisk(ctx, call, web, spare) }},
+		{name: "attach new NIC hot", setup: running, change: func(l *lab) (operation.Operation, error) {
 			return l.changes.AttachNIC(ctx, call, web, plan.NewNIC{NetworkID: lan})
 		}},
-		{"attach NIC cold", stopped, func(l *lab) (operation.Operation, error) {
+		{name: "attach NIC cold", setup: stopped, change: func(l *lab) (operation.Operation, error) {
 			return l.changes.AttachNIC(ctx, call, web, plan.NewNIC{NICID: loose})
 		}},
-		{"detach NIC hot", running, func(l *lab) (operation.Operation, error) {
+		{name: "detach NIC hot", setup: running, change: func(l *lab) (operation.Operation, error) {
 			return l.changes.DetachNIC(ctx, call, web, getVM(l).Spec.NICs[0].NICID)
 		}},
-		{"volume.create", nil, func(l *lab) (operation.Operation, error) {
+		{name: "volume.create", change: func(l *lab) (operation.Operation, error) {
 			return l.changes.CreateVolume(ctx, call, storage.CreateVolumeRequest{ID: ident.New(), Name: "fresh", SizeBytes: 512})
 		}},
-		{"volume.delete", nil, func(l *lab) (operation.Operation, error) {
+		{name: "volume.delete", change: func(l *lab) (operation.Operation, error) {
 			op, _, err := l.changes.DeleteVolume(ctx, call, spare, true, false)
 			return op, err
 		}},
-		{"volume.rename", nil, func(l *lab) (operation.Operation, error) {
+		{name: "volume.rename", change: func(l *lab) (operation.Operation, error) {
 			return l.changes.RenameVolume(ctx, call, storage.Volume{ID: spare, Name: "spare"}, "renamed")
 		}},
-		{"snapshot.create", nil, func(l *lab) (operation.Operation, error) {
+		{name: "snapshot.create", change: func(l *lab) (operation.Operation, error) {
 			return l.changes.CreateSnapshot(ctx, call, storage.Volume{ID: spare, Name: "spare"}, storage.CreateSnapshotRequest{ID: ident.New(), VolumeID: spare, Name: "third"})
 		}},
-		{"snapshot.rollback", stopped, func(l *lab) (operation.Operation, error) {
+		{name: "snapshot.rollback", setup: stopped, change: func(l *lab) (operation.Operation, error) {
 			op, _, err := l.changes.Rollback(ctx, call, storage.Snapshot{ID: snapOld, VolumeID: spare, VolumeName: "spare", Name: "old"}, true, false)
 			return op, err
 		}},
-		{"snapshot.delete", nil, func(l *lab) (operation.Operation, error) {
+		{name: "snapshot.delete", change: func(l *lab) (operation.Operation, error) {
 			return l.changes.DeleteSnapshot(ctx, call, storage.Snapshot{ID: snapOld, VolumeID: spare, VolumeName: "spare", Name: "old"})
 		}},
-		{"network.create", nil, func(l *lab) (operation.Operation, error) {
+		{name: "network.create", change: func(l *lab) (operation.Operation, error) {
 			return l.changes.CreateNetwork(ctx, call, net.CreateNetworkRequest{ID: ident.New(), Name: "dmz", Mode: net.ModePrivate})
 		}},
-		{"nic.create", nil, func(l *lab) (operation.Operation, error) {
+		{name: "nic.create", change: func(l *lab) (operation.Operation, error) {
 			return l.changes.CreateNIC(ctx, call, net.CreateNICRequest{ID: ident.New(), Name: "extra", NetworkID: lan})
 		}},
-		{"template.create", nil, func(l *lab) (operation.Operation, error) {
+		{name: "template.create", change: func(l *lab) (operation.Operation, error) {
 			return l.changes.CreateTemplate(ctx, call, storage.Snapshot{ID: snapOld, VolumeID: spare}, storage.CreateTemplateRequest{ID: ident.New(), Name: "golden", SnapshotID: snapOld})
 		}},
-	}
+	}...)
 }
 
 func (s scenario) prepare(t *testing.T) (l *lab, before string) {
@@ -330,10 +331,10 @@ func TestCrash(t *testing.T) {
 			l.settle()
 			after, points := l.w.String(), l.n
 			l.close()
-			if after == before {
+			if after == before && !s.same {
 				t.Fatal("the change changes nothing")
 			}
-			if points < 6 {
+			if points < 5 {
 				t.Fatalf("only %d points", points)
 			}
 			for k := range points {
@@ -346,6 +347,7 @@ func TestCrash(t *testing.T) {
 				l.restart()
 				got := l.w.String()
 				switch {
+				case s.same && got == before: // done or not: nothing to be seen
 				case got == before:
 					if op.ID != "" {
 						if o, err := l.engine.Get(op.ID); err != nil || o.State != operation.Failed {

@@ -44,7 +44,9 @@ type specPatch struct {
 	Cmdline   *string
 	Kernel    *string // its name; the file is in the run
 	CloudInit *vmm.CloudInit
-	Resize    bool // tell a running VM
+	Resize    bool       // tell a running VM
+	Files     bool       `json:",omitempty"` // a kernel or an initramfs comes with it
+	Old       *specPatch `json:",omitempty"` // what the fields that change were
 }
 
 func (a actions) vmm() map[string]operation.Action {
@@ -58,7 +60,7 @@ func (a actions) vmm() map[string]operation.Action {
 				return found(second(v.Get(ctx, vmm.Ref{Ref: d.ID})))
 			}),
 		"vmm.delete": doneGone(v.Delete),
-		"vmm.update": operation.Typed(a.patch, nil, nil),
+		"vmm.update": operation.Typed(a.patch, a.unpatch, a.patched),
 		"vmm.start": operation.Typed(a.start,
 			func(ctx context.Context, _ *operation.Run, s startVM) error {
 				return gone(second(v.Kill(ctx, vmm.Ref{Ref: s.VMID})))
@@ -73,8 +75,8 @@ func (a actions) vmm() map[string]operation.Action {
 		}, nil, nil),
 		"vmm.kill":          operation.Typed(func(ctx context.Context, _ *operation.Run, req vmm.Ref) error { return gone(second(v.Kill(ctx, req))) }, nil, nil),
 		"vmm.check_stopped": operation.Typed(a.checkStopped, nil, nil),
-		"vmm.pause":         done(v.Pause),
-		"vmm.resume":        done(v.Resume),
+		"vmm.pause":         a.switching(v.Pause, v.Resume, vmm.StatePaused),
+		"vmm.resume":        a.switching(v.Resume, v.Pause, vmm.StateRunning),
 		"vmm.reboot":        done(v.Reboot),
 	}
 }
@@ -128,6 +130,50 @@ func nicAttachment(id string, p net.Attachment) vmm.NICAttachment {
 	return vmm.NICAttachment{NICID: id, MAC: p.MAC, MTU: p.MTU, Queues: p.Queues, TAP: p.TAP, SocketPath: p.SocketPath, TAPName: p.TAPName}
 }
 
+// switching is a change between two states: done when the VM is in the state, undone by going back from it.
+func (a actions) switching(to, back func(context.Context, vmm.Ref) (vmm.VM, error), state vmm.State) operation.Action {
+	in := func(ctx context.Context, _ *operation.Run, ref vmm.Ref) (bool, error) {
+		vm, err := a.svc.VMM.Get(ctx, ref)
+		return vm.State == state, gone(err)
+	}
+	return operation.Typed(func(ctx context.Context, _ *operation.Run, ref vmm.Ref) error { return second(to(ctx, ref)) },
+		func(ctx context.Context, r *operation.Run, ref vmm.Ref) error {
+			if there, err := in(ctx, r, ref); err != nil || !there {
+				return err
+			}
+			return gone(second(back(ctx, ref)))
+		}, in)
+}
+
+// unpatch puts back what patch changed. A kernel that was replaced is gone; then what stands in its place is said.
+func (a actions) unpatch(ctx context.Context, r *operation.Run, p specPatch) error {
+	if p.Old == nil {
+		return nil // journalled by an earlier version
+	}
+	old := *p.Old
+	old.VMID, old.Resize = p.VMID, p.Resize
+	if err := a.patch(ctx, r, old); err != nil {
+		return gone(err)
+	}
+	if p.Files {
+		return errs.New(errs.Internal, "the kernel may be the new one").Do("update the VM again with the kernel that it is to boot")
+	}
+	return nil
+}
+
+// patched tells whether a definition is as patch makes it. Whether a kernel was taken cannot be told.
+func (a actions) patched(ctx context.Context, _ *operation.Run, p specPatch) (bool, error) {
+	vm, err := a.svc.VMM.Get(ctx, vmm.Ref{Ref: p.VMID})
+	if err != nil || p.Files {
+		return false, gone(err)
+	}
+	s := vm.Spec
+	return same(p.Name, s.Name) && same(p.CPUs, s.CPUs) && same(p.Memory, s.MemoryBytes) && same(p.Autostart, s.Autostart) &&
+		same(p.Cmdline, s.Boot.Cmdline) && same(p.Kernel, s.Boot.KernelName) && same(p.CloudInit, s.CloudInit), nil
+}
+
+func same[T comparable](want *T, have T) bool { return want == nil || *want == have }
+
 // patch changes a definition, and with Resize a running VM.
 func (a actions) patch(ctx context.Context, r *operation.Run, p specPatch) error {
 	kernel, _ := operation.Value[*os.File](r, kernelFile)
@@ -154,6 +200,14 @@ func (a actions) patch(ctx context.Context, r *operation.Run, p specPatch) error
 	_, err = a.svc.VMM.Resize(ctx, vmm.ResizeRequest{Ref: p.VMID, CPUs: vm.Spec.CPUs, MemoryBytes: vm.Spec.MemoryBytes})
 	if errors.Is(err, errs.Unsupported) || errors.Is(err, errs.Invalid) || errors.Is(err, errs.Precondition) {
 		return nil // it waits for the next start, as VM.Pending tells
+	}
+	if err != nil && p.Old != nil {
+		// The refusal reads as if nothing had been changed, so nothing may be.
+		old := *p.Old
+		old.VMID = p.VMID
+		if uerr := a.patch(ctx, r, old); uerr != nil {
+			return errs.Wrap(errs.Internal, errors.Join(err, uerr), "the definition is changed, the running VM is not")
+		}
 	}
 	return err
 }

@@ -335,12 +335,12 @@ func (c *Changes) ReleaseVM(ctx context.Context, call Call, vm vmm.VM, why strin
 
 // PauseVM, ResumeVM and RebootVM are single steps under the VM's lock.
 func (c *Changes) PauseVM(ctx context.Context, call Call, vm vmm.VM) (operation.Operation, error) {
-	return c.run(ctx, call, one("vm.pause", operation.Undo, operation.NewStep("vmm.pause", "pause VM "+vm.Spec.Name, "", vmm.Ref{Ref: vm.ID}), locks(lock("vm", vm.ID)), vm.ID))
+	return c.run(ctx, call, one("vm.pause", operation.Undo, operation.NewStep("vmm.pause", "pause VM "+vm.Spec.Name, "resumed VM "+vm.Spec.Name, vmm.Ref{Ref: vm.ID}), locks(lock("vm", vm.ID)), vm.ID))
 }
 
 // ResumeVM lets a paused VM go on.
 func (c *Changes) ResumeVM(ctx context.Context, call Call, vm vmm.VM) (operation.Operation, error) {
-	return c.run(ctx, call, one("vm.resume", operation.Undo, operation.NewStep("vmm.resume", "resume VM "+vm.Spec.Name, "", vmm.Ref{Ref: vm.ID}), locks(lock("vm", vm.ID)), vm.ID))
+	return c.run(ctx, call, one("vm.resume", operation.Undo, operation.NewStep("vmm.resume", "resume VM "+vm.Spec.Name, "paused VM "+vm.Spec.Name, vmm.Ref{Ref: vm.ID}), locks(lock("vm", vm.ID)), vm.ID))
 }
 
 // RebootVM reboots a running VM.
@@ -365,13 +365,29 @@ type UpdateVM struct {
 // UpdateVM changes a definition. vCPUs and memory of a running VM change at once where the plugin can.
 func (c *Changes) UpdateVM(ctx context.Context, call Call, vm vmm.VM, u UpdateVM) (operation.Operation, error) {
 	patch := specPatch{VMID: vm.ID, Name: u.Name, CPUs: u.CPUs, Memory: u.Memory, Autostart: u.Autostart, Cmdline: u.Cmdline, Kernel: u.KernelName,
-		CloudInit: u.CloudInit, Resize: u.CPUs != nil || u.Memory != nil}
-	p := one("vm.update", operation.Undo, operation.NewStep("vmm.update", "change VM "+vm.Spec.Name, "", patch), locks(lock("vm", vm.ID)), vm.ID)
+		CloudInit: u.CloudInit, Resize: u.CPUs != nil || u.Memory != nil, Files: u.Kernel != nil || u.Initramfs != nil}
+	old := &specPatch{}
+	keep(&old.Name, u.Name, vm.Spec.Name)
+	keep(&old.CPUs, u.CPUs, vm.Spec.CPUs)
+	keep(&old.Memory, u.Memory, vm.Spec.MemoryBytes)
+	keep(&old.Autostart, u.Autostart, vm.Spec.Autostart)
+	keep(&old.Cmdline, u.Cmdline, vm.Spec.Boot.Cmdline)
+	keep(&old.Kernel, u.KernelName, vm.Spec.Boot.KernelName)
+	keep(&old.CloudInit, u.CloudInit, vm.Spec.CloudInit)
+	patch.Old = old
+	p := one("vm.update", operation.Undo, operation.NewStep("vmm.update", "change VM "+vm.Spec.Name, "changed VM "+vm.Spec.Name+" back", patch), locks(lock("vm", vm.ID)), vm.ID)
 	if u.Name != nil {
 		p.Locks = append(p.Locks, lock("name:vm", *u.Name))
 	}
 	p.Files, p.Values = files(u.Kernel, u.Initramfs), map[string]any{kernelFile: u.Kernel, initramfsFile: u.Initramfs}
 	return c.run(ctx, call, p)
+}
+
+// keep notes what a field is, if it is to change.
+func keep[T any](old **T, change *T, is T) {
+	if change != nil {
+		*old = &is
+	}
 }
 
 // hostName is the VM's name where it can be one (RFC 1123, section 2.1), or "".
