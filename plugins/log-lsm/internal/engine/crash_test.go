@@ -1,7 +1,9 @@
 package engine
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"math/rand/v2"
 	"os"
@@ -17,6 +19,7 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
 
 	"github.com/mvirt/mvirt/plugins/log-lsm/internal/keys"
+	"github.com/mvirt/mvirt/plugins/log-lsm/internal/rec"
 	"github.com/mvirt/mvirt/sdk/errs"
 	"github.com/mvirt/mvirt/sdk/log"
 )
@@ -383,17 +386,44 @@ func TestVerify(t *testing.T) {
 			t.Fatalf("%+v", rep.Breaks)
 		}
 	})
-	t.Run("inserted", func(t *testing.T) {
-		fs, _ := build(t)
-		extra := entry(30, log.LevelAudit)
-		rewrite(t, fs, func(rows []tampered) []tampered {
-			return append(rows[:30], append([]tampered{{extra, rows[30].hash}}, rows[30:]...)...)
+	// The hash that comes with what is inserted: of another entry, made up, or right for its place.
+	for name, forge := range map[string]func(before, behind, rec []byte) []byte{
+		"taken":   func(_, behind, _ []byte) []byte { return behind },
+		"made up": func(_, _, rec []byte) []byte { h := sha256.Sum256(rec); return h[:] },
+		"right": func(before, _, rec []byte) []byte {
+			h := sha256.Sum256(append(bytes.Clone(before), rec...))
+			return h[:]
+		},
+	} {
+		t.Run("inserted, hash "+name, func(t *testing.T) {
+			fs, _ := build(t)
+			extra := []log.Entry{entry(30, log.LevelAudit), entry(30, log.LevelAudit)}
+			if extra[0].ID > extra[1].ID {
+				extra[0].ID, extra[1].ID = extra[1].ID, extra[0].ID
+			}
+			rewrite(t, fs, func(rows []tampered) []tampered {
+				var put []tampered
+				before := rows[30].hash
+				for _, e := range extra {
+					before = forge(before, rows[31].hash, rec.Append(nil, &e))
+					put = append(put, tampered{e, before})
+				}
+				return append(rows[:31:31], append(put, rows[31:]...)...)
+			})
+			got := map[string]string{}
+			for _, b := range verify(t, fs).Breaks {
+				if b.What == "inserted" {
+					got[b.EntryID] = b.Detail
+				}
+			}
+			// A segment that has grown makes the one behind it begin with numbers that are taken: those are told too.
+			for _, e := range extra {
+				if got[e.ID] == "" {
+					t.Errorf("inserted entry %s is not named: %v", e.ID, got)
+				}
+			}
 		})
-		rep := verify(t, fs)
-		if len(rep.Breaks) == 0 || rep.Breaks[0].EntryID != extra.ID {
-			t.Fatalf("%+v", rep.Breaks)
-		}
-	})
+	}
 	t.Run("newest packed removed", func(t *testing.T) {
 		fs, _ := build(t)
 		tamper(t, fs, func(db *pebble.DB) {

@@ -6,6 +6,7 @@ import (
 	"runtime"
 	"time"
 
+	"github.com/mvirt/mvirt/plugins/log-lsm/internal/head"
 	"github.com/mvirt/mvirt/sdk/log"
 )
 
@@ -43,11 +44,34 @@ func (s *Store) Stats(context.Context) (log.Stats, error) {
 	if st.Entries > 0 {
 		st.Oldest, st.Newest = time.Unix(0, oldest).UTC(), time.Unix(0, newest).UTC()
 	}
-	st.Objects = uint64(s.objects.Next() - 1)
+	st.Objects = uint64(s.objects.Next()-1) + s.unpackedObjects(sn.views)
 	m := s.db.Metrics()
 	st.DiskBytes = m.DiskSpaceUsage() + s.raw.Size()
 	var mem runtime.MemStats
 	runtime.ReadMemStats(&mem)
 	st.MemoryBytes = mem.Sys - mem.HeapReleased
 	return st, nil
+}
+
+// unpackedObjects estimates how many objects only entries in memory carry.
+func (s *Store) unpackedObjects(views []head.View) uint64 {
+	seen := map[head.ObjectHash]struct{}{}
+	var nums []uint32
+	fresh := uint64(0)
+	for i := range views {
+		for row := range views[i].Len() {
+			hashes := views[i].Objects(row)
+			nums = s.objects.Known(nums[:0], hashes)
+			for k, h := range hashes {
+				if nums[k] != 0 {
+					continue
+				}
+				if _, ok := seen[h]; !ok {
+					seen[h] = struct{}{}
+					fresh++
+				}
+			}
+		}
+	}
+	return fresh
 }

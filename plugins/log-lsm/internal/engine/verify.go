@@ -57,7 +57,20 @@ type verifier struct {
 	state  chainState
 	last   chainLink // the newest link seen
 	any    bool
+	recent []passed // the newest links that were walked, at most maxRecent
 }
+
+// passed is a link that has been walked.
+type passed struct {
+	id     string
+	time   int64
+	n      uint64
+	before [hashLen]byte // the chain in front of it
+	noted  int           // its place in the report's breaks; -1: none
+}
+
+// maxRecent bounds how many entries in a row are recognised as inserted; of more, the first are called edited.
+const maxRecent = 256
 
 func (v *verifier) run() error {
 	s := v.s
@@ -161,14 +174,17 @@ func (v *verifier) walk(links []chainLink) {
 			copy(v.state.hash[:], l.hash)
 			v.report.Checked++
 			v.last = *l
+			v.recent = v.recent[:0]
 			continue
 		}
-		h := sha256.New()
-		h.Write(v.state.hash[:])
-		h.Write(l.rec)
-		if sum := h.Sum(nil); !bytes.Equal(sum, l.hash) {
-			v.note(l.id, l.time, "edited", fmt.Sprintf("entry number %d, or the hash of the one before it, is not what the chain was made over", l.n))
+		p := passed{id: l.id, time: l.time, n: l.n, before: v.state.hash, noted: -1}
+		if !l.follows(&v.state.hash) && !v.insertedBefore(l) {
+			p.noted = v.note(l.id, l.time, "edited", fmt.Sprintf("entry number %d is not what the chain was made over: it was changed, or what stood right before it was removed", l.n))
 		}
+		if len(v.recent) == maxRecent {
+			v.recent = slices.Delete(v.recent, 0, maxRecent/2)
+		}
+		v.recent = append(v.recent, p)
 		v.state.n++
 		copy(v.state.hash[:], l.hash)
 		v.report.Checked++
@@ -176,9 +192,44 @@ func (v *verifier) walk(links []chainLink) {
 	}
 }
 
-func (v *verifier) note(id string, t int64, what, detail string) {
+// follows says whether the hash of a link is that of its entry behind this one.
+func (l *chainLink) follows(before *[hashLen]byte) bool {
+	h := sha256.New()
+	h.Write(before[:])
+	h.Write(l.rec)
+	return bytes.Equal(h.Sum(nil), l.hash)
+}
+
+// insertedBefore says whether a link that does not follow the one before it follows an earlier one: then what
+// stands between was put there later, and is named.
+func (v *verifier) insertedBefore(l *chainLink) bool {
+	if len(v.report.Breaks) >= maxBreaks {
+		return false
+	}
+	for i := len(v.recent) - 1; i >= 0; i-- {
+		if !l.follows(&v.recent[i].before) {
+			continue
+		}
+		for _, p := range v.recent[i:] {
+			detail := fmt.Sprintf("entry number %d was not there when %s was appended", p.n, l.id)
+			if p.noted >= 0 {
+				b := &v.report.Breaks[p.noted]
+				b.What, b.Detail = "inserted", detail
+				continue
+			}
+			v.note(p.id, p.time, "inserted", detail)
+		}
+		v.recent = v.recent[:0]
+		return true
+	}
+	return false
+}
+
+// note adds to the report and says at which place; -1: it is not reported.
+func (v *verifier) note(id string, t int64, what, detail string) int {
 	if t < v.lo || t > v.hi || len(v.report.Breaks) >= maxBreaks {
-		return
+		return -1
 	}
 	v.report.Breaks = append(v.report.Breaks, log.VerifyBreak{EntryID: id, Time: time.Unix(0, t).UTC(), What: what, Detail: detail})
+	return len(v.report.Breaks) - 1
 }
