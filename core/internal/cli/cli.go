@@ -131,7 +131,7 @@ numbers with K, M, G or T in powers of 1024: "10G", "512M". "mvirt help exit-cod
 	add("vm", a.vmCommand(), a.runCommand())
 	add("store", a.templateCommand(), a.importCommand(), a.volumeCommand(), a.snapshotCommand())
 	add("net", a.networkCommand(), a.nicCommand(), a.sgCommand())
-	add("sys", a.statusCommand(), a.logsCommand(), a.eventsCommand(), a.operationCommand(), a.pluginCommand(), a.versionCommand())
+	add("sys", a.statusCommand(), a.doctorCommand(), a.logsCommand(), a.eventsCommand(), a.operationCommand(), a.pluginCommand(), a.versionCommand())
 	root.AddCommand(exitCodesTopic())
 	root.InitDefaultHelpCmd()
 	root.InitDefaultCompletionCmd()

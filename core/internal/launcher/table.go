@@ -152,6 +152,22 @@ func WantedOf(cfg *config.Config) (Wanted, error) {
 	return w, nil
 }
 
+// CapabilitySet is the set that names make up; unknown ones count for nothing.
+func CapabilitySet(names []string) uint64 {
+	var set uint64
+	for _, n := range names {
+		one, _ := capabilitySet([]string{n})
+		set |= one
+	}
+	return set
+}
+
+// ProcessesOf lists the processes that have a uid as one of their four.
+func ProcessesOf(uid uint32) []int { return processesOf(uid) }
+
+// StartTime is when a process started, in clock ticks since boot.
+func StartTime(pid int) (uint64, error) { return startTime(pid) }
+
 // JailedVMs reads which VM has which uid, without a launcher. Without jails there are none.
 func JailedVMs(cfg *config.Config) ([]jail.VM, error) {
 	d, err := os.Open(cfg.Jail.StateDir)
