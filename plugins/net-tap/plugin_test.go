@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"net/netip"
 	"os"
@@ -26,6 +27,10 @@ const asPlugin = "MVIRT_NET_TEST_AS_PLUGIN"
 func TestMain(m *testing.M) {
 	if os.Getenv(asPlugin) != "" || len(os.Args) > 1 && os.Args[1] == "packet-worker" {
 		main()
+	}
+	flag.Parse()
+	if !testing.Short() {
+		fetchClients()
 	}
 	os.Exit(testns.Run(false, m.Run))
 }

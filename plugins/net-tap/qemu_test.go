@@ -51,6 +51,25 @@ func guestFiles(t *testing.T) string {
 	return dir
 }
 
+// overlay gives a copy of the guest whose initramfs also has what lies under root.
+func overlay(t *testing.T, files, root string) string {
+	t.Helper()
+	dir := t.TempDir()
+	sh(t, `ln -s %[1]s/vmlinuz %[2]s/vmlinuz
+cp %[1]s/initramfs.cpio %[2]s/initramfs.cpio
+cd %[3]s; find . -mindepth 1 | LC_ALL=C sort | cpio --quiet -o -H newc -R 0:0 >> %[2]s/initramfs.cpio`, files, dir, root)
+	return dir
+}
+
+// memory is what a guest needs, in MiB: its initramfs is there twice for a moment.
+func memory(t *testing.T, dir string) string {
+	st, err := os.Stat(filepath.Join(dir, "initramfs.cpio"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprintf("%dM", 184+2*st.Size()>>20)
+}
+
 // boot attaches a NIC and starts a guest on it.
 func boot(t *testing.T, p *host.Plugin, dir, name string, nic net.NIC, mode net.AttachMode) *vm {
 	t.Helper()
@@ -59,9 +78,10 @@ func boot(t *testing.T, p *host.Plugin, dir, name string, nic net.NIC, mode net.
 	if err != nil {
 		t.Fatal(err)
 	}
-	args := []string{"-M", "q35", "-cpu", "max", "-m", "192M", "-display", "none", "-nodefaults", "-no-user-config", "-serial", "stdio",
+	mem := memory(t, dir)
+	args := []string{"-M", "q35", "-cpu", "max", "-m", mem, "-display", "none", "-nodefaults", "-no-user-config", "-serial", "stdio",
 		"-kernel", filepath.Join(dir, "vmlinuz"), "-initrd", filepath.Join(dir, "initramfs.cpio"), "-append", "console=ttyS0 quiet no_timer_check tsc=reliable",
-		"-object", "memory-backend-memfd,id=m,size=192M,share=on", "-numa", "node,memdev=m",
+		"-object", "memory-backend-memfd,id=m,share=on,size=" + mem, "-numa", "node,memdev=m",
 		// Without MSI-X: QEMU 7.2 crashes when a vhost-user device masks a vector and there is no KVM
 		// (kvm_virtio_pci_irqfd_release with vector_irqfd unset).
 		"-device", "virtio-net-pci,netdev=n,vectors=0,mac=" + att.MAC}
@@ -159,6 +179,30 @@ func (v *vm) run(want bool, command string) {
 	v.wait("\n"+ok, 120*time.Second)
 }
 
+// output is what a command in the guest prints.
+func (v *vm) output(command string) string {
+	v.t.Helper()
+	fmt.Fprintf(v.in, "echo be''gins; { %s; } 2>&1; echo en''ds\n", command)
+	v.wait("begins", 60*time.Second)
+	v.see("\nends", 60*time.Second)
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	i := strings.Index(v.text, "\nends")
+	out := v.text[:i]
+	v.text = v.text[i+len("\nends"):]
+	return strings.ReplaceAll(out, "\r", "")
+}
+
+// login waits until the guest has its address and a shell.
+func (v *vm) login() {
+	v.t.Helper()
+	v.see("mvirt-guest: address eth0 "+v.nic.IPv4.String()+"/32", 300*time.Second)
+	v.see("login:", 120*time.Second)
+	v.see("mvirt-guest: ready", 120*time.Second)
+	fmt.Fprintf(v.in, "root\n")
+	v.wait("#", 30*time.Second)
+}
+
 // TestRealGuests boots Linux on a TAP and on vhost-user, and lets them use the network.
 func TestRealGuests(t *testing.T) {
 	needRoot(t)
@@ -191,11 +235,7 @@ ip route replace default via 198.51.100.1`)
 		vms = append(vms, boot(t, p, files, fmt.Sprintf("vm%d", i), nic, mode))
 	}
 	for _, v := range vms {
-		v.see("mvirt-guest: address eth0 "+v.nic.IPv4.String()+"/32", 300*time.Second)
-		v.see("login:", 120*time.Second)
-		v.see("mvirt-guest: ready", 120*time.Second)
-		fmt.Fprintf(v.in, "root\n")
-		v.wait("#", 30*time.Second)
+		v.login()
 	}
 	a, b := vms[0], vms[1]
 	for _, v := range vms {

@@ -64,6 +64,10 @@ func (r *Router) guest4(nic *NIC, p *Packet, mac wire.MAC) {
 		nic.TxDropped++ // broadcast and multicast end here
 		return
 	}
+	if linkOnly(&p.info) {
+		nic.TxSpoofed++
+		return
+	}
 	if dst == Gateway4 || dst == r.router4 {
 		r.local4(nic, p)
 		return

@@ -57,6 +57,10 @@ func (r *Router) guest6(nic *NIC, p *Packet, mac wire.MAC) {
 		nic.TxDropped++
 		return
 	}
+	if linkOnly(&p.info) {
+		nic.TxSpoofed++
+		return
+	}
 	if ip[7] <= 1 {
 		nic.TxDropped++
 		r.error6(&nic.endpoint, p, wire.ICMP6TimeExceeded, 0, 0)

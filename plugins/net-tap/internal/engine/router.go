@@ -369,6 +369,24 @@ func (r *Router) fromNIC(nic *NIC, p *Packet) {
 	}
 }
 
+// linkOnly says whether a packet is what only a link's own servers, routers and neighbours say to each other:
+// sent to a neighbour's address it would be routed there, and is not.
+func linkOnly(in *wire.Info) bool {
+	if !in.Ports {
+		return false
+	}
+	switch t := in.DstPort >> 8; in.Proto {
+	case wire.ProtoUDP:
+		return in.SrcPort == dhcp4.ServerPort && in.DstPort == dhcp4.ClientPort && !in.V6 ||
+			in.SrcPort == dhcp6.ServerPort && in.DstPort == dhcp6.ClientPort && in.V6
+	case wire.ProtoICMP:
+		return t == wire.ICMPRedirect
+	case wire.ProtoICMPv6:
+		return t >= wire.ICMP6RS && t <= wire.ICMP6Redirect
+	}
+	return false
+}
+
 // fromUplink judges one packet that came from outside.
 func (r *Router) fromUplink(p *Packet) {
 	if len(p.Head) > wire.EthLen {

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -79,10 +80,14 @@ func (b *bench) nic(network string, groups ...string) net.NIC {
 	return must(b, n, err)
 }
 
-func (b *bench) vhost(n net.NIC, opt vhosttest.Options) *vhosttest.Driver {
+// socket attaches a NIC by vhost-user.
+func (b *bench) socket(n net.NIC) string {
 	a, err := b.Attach(ctx, net.AttachRequest{NICID: n.ID, Owner: service.Owner{VMID: "v"}, Modes: []net.AttachMode{net.AttachVhostUser}})
-	must(b, a, err)
-	d, err := vhosttest.Dial(a.SocketPath, opt)
+	return must(b, a, err).SocketPath
+}
+
+func (b *bench) vhost(n net.NIC, opt vhosttest.Options) *vhosttest.Driver {
+	d, err := vhosttest.Dial(b.socket(n), opt)
 	return must(b, d, err)
 }
 
@@ -96,17 +101,34 @@ func TestFigures(t *testing.T) {
 	}
 	load, _ := os.ReadFile("/proc/loadavg")
 	fmt.Printf("note %d processors, load %s", runtime.NumCPU(), load)
-	dir, err := os.MkdirTemp("/run", "bench")
-	if err != nil {
-		t.Fatal(err)
+	for _, part := range []struct {
+		name string
+		run  func(*bench)
+	}{
+		{"dpdk", (*bench).versusDPDK}, {"virtio-user", (*bench).virtioUser}, {"gso", (*bench).gso}, {"rtt", (*bench).roundTrip},
+		{"idle", (*bench).idle}, {"restart", (*bench).restart},
+	} {
+		t.Run(part.name, func(t *testing.T) {
+			dir, err := os.MkdirTemp("/run", "bench")
+			if err != nil {
+				t.Fatal(err)
+			}
+			b := open(t, dir)
+			defer func() { b.end() }()
+			part.run(b)
+		})
 	}
-	b := open(t, dir)
-	b.packets()
-	b.gso()
-	b.roundTrip()
-	b.idle()
-	b.restart()
+}
+
+// end ends what the part started, workers too: an idle one would still be another process on the machine.
+func (b *bench) end() {
+	nets, _ := b.ListNetworks(ctx)
 	_ = b.Shutdown(ctx)
+	for _, n := range nets {
+		if n.WorkerPID > 0 {
+			_ = syscall.Kill(int(n.WorkerPID), syscall.SIGKILL)
+		}
+	}
 }
 
 // usage is CPU seconds and resident bytes of a process.
@@ -155,40 +177,6 @@ const rounds = 7
 func median(v []float64) float64 {
 	v = slices.Sorted(slices.Values(v))
 	return v[len(v)/2]
-}
-
-// packets measures NIC to NIC through the engine with routing, anti-spoofing and a security group.
-func (b *bench) packets() {
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	n := b.network("packets", "10.0.0.0/24")
-	g, err := b.CreateSecurityGroup(ctx, net.CreateSecurityGroupRequest{ID: ident.New(), Name: "g", Rules: []net.Rule{{Direction: net.Inbound, Protocol: "udp", PortFrom: 2000}}})
-	must(b, g, err)
-	na, nb := b.nic("packets"), b.nic("packets", "g")
-	for _, size := range []int{64, 1500} {
-		// Without EVENT_IDX, as DPDK's virtio-user has it; receive buffers of 2 KiB.
-		opt := vhosttest.Options{Features: vhosttest.Usual &^ vhosttest.EventIdx, Size: 1024, Poll: true}
-		a, d := b.vhost(na, opt), b.vhost(nb, opt)
-		frame := udp(na, nb, size)
-		pump(a, d, [12]byte{}, frame, 32, 200*time.Millisecond) // warm
-		var pps, perCore []float64
-		for range rounds {
-			cpu, _ := usage(n.WorkerPID)
-			k, took := pump(a, d, [12]byte{}, frame, 32, 500*time.Millisecond)
-			now, _ := usage(n.WorkerPID)
-			pps = append(pps, float64(k)/took.Seconds()/1e6)
-			perCore = append(perCore, float64(k)/max(now-cpu, 0.01)/1e6)
-		}
-		figure(fmt.Sprintf("pps_%d", size), median(pps), "Mpps", "report")
-		figure(fmt.Sprintf("pps_%d_best", size), slices.Max(pps), "Mpps", "report")
-		figure(fmt.Sprintf("pps_%d_per_worker_core", size), median(perCore), "Mpps", "report")
-		if nic, err := b.GetNIC(ctx, net.Ref{Ref: na.ID}); err != nil || nic.Counters.TxSpoofed+nic.Counters.TxDropped > 0 {
-			b.Errorf("%+v %v", nic.Counters, err)
-		}
-		a.Close()
-		d.Close()
-	}
-	fmt.Println("note pps_64_vs_dpdk and pps_1500_vs_dpdk are not measured: no DPDK vhost PMD is run here")
 }
 
 // gso measures frames of 64 KiB against copying the same bytes.
@@ -324,7 +312,7 @@ func (b *bench) restart() {
 		}
 	}
 	began := time.Now()
-	b.Service = open(b.T, b.dir).Service
+	b.Service = open(b.T, b.dir).Service // ends with the part
 	nics, err := b.ListNICs(ctx, net.ListNICsRequest{})
 	must(b, nics, err)
 	for up := 0; up < 1000; {

@@ -114,6 +114,11 @@ func (m *memory) at(gpa uint64, n uint32) []byte {
 			return r.mem[off:min(off+uint64(n), uint64(len(r.mem)))]
 		}
 	}
+	return m.find(gpa, n)
+}
+
+// find is at for an address in another region than the last one.
+func (m *memory) find(gpa uint64, n uint32) []byte {
 	for i := range m.regions {
 		r := &m.regions[i]
 		if off := gpa - r.gpa; gpa >= r.gpa && off < uint64(len(r.mem)) {

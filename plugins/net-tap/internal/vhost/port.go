@@ -17,6 +17,7 @@ package vhost
 import (
 	"errors"
 	"io"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -317,8 +318,11 @@ func (p *Port) fetch(r *ring, pkts []engine.Packet, n int) int {
 		if err == nil {
 			p.heads[i] = head
 			p.fetched++
-			var ok bool
-			if ok, err = p.read(r, head, &pkts[k], &p.copies[i]); ok {
+			ok := p.readOne(r, head, &pkts[k], &p.copies[i])
+			if !ok {
+				ok, err = p.read(r, head, &pkts[k], &p.copies[i])
+			}
+			if ok {
 				k++
 			}
 		}
@@ -331,6 +335,24 @@ func (p *Port) fetch(r *ring, pkts []engine.Packet, n int) int {
 		p.Release()
 	}
 	return k
+}
+
+// readOne makes a packet of a chain of one descriptor without offloads; false if it is none.
+func (p *Port) readOne(r *ring, head uint16, pkt *engine.Packet, room *[engine.HeadLen]byte) bool {
+	addr, n := r.one(head, false)
+	b := p.mem.at(addr, n)
+	if n > engine.MaxLen || uint32(len(b)) != n || len(b) < p.hdrLen+wire.EthLen || *(*uint16)(unsafe.Pointer(&b[0])) != 0 {
+		return false
+	}
+	b = b[p.hdrLen:]
+	k := copy(room[:], b)
+	pkt.Head, pkt.Tail, pkt.Len, pkt.Offload = room[:k], nil, len(b), engine.Offload{}
+	if k < len(b) {
+		pkt.Begin()
+		pkt.AddTail(b[k:])
+		pkt.Finish(room[:k], engine.Offload{})
+	}
+	return true
 }
 
 // read makes a packet of a chain. ok is false for one that is no packet; an error ends the connection.

@@ -169,6 +169,22 @@ func (c *chain) step(m *memory, write bool) (addr uint64, n uint32, err error) {
 	}
 }
 
+// one reads a descriptor that is a whole chain by itself, or n is 0: the way of nearly all packets. What is
+// none is read anew, descriptor by descriptor (step): nothing of this look at it is used then.
+func (r *ring) one(head uint16, write bool) (addr uint64, n uint32) {
+	d := r.desc[int(head)*descLen:][:descLen]
+	addr = *(*uint64)(unsafe.Pointer(&d[0]))
+	meta := *(*uint64)(unsafe.Pointer(&d[8]))
+	want := uint32(0)
+	if write {
+		want = descWrite
+	}
+	if uint32(meta>>32)&0xffff != want {
+		return 0, 0
+	}
+	return addr, uint32(meta)
+}
+
 // put writes the used element for a chain, k places behind the published index.
 func (r *ring) put(k uint16, head uint16, n uint32) {
 	off := 4 + 8*int(uint32(r.usedIdx+k)&r.mask)

@@ -164,6 +164,10 @@ func (p *Port) write(r *ring, pkt *engine.Packet, used *uint16) outcome {
 		p.broken(err)
 		return lost
 	}
+	if *used < n && p.writeOne(r, pkt, *used) {
+		*used++
+		return delivered
+	}
 	var hdr [12]byte
 	p.putHeader(&hdr, &pkt.Offload)
 	src := source{hdr: hdr[:p.hdrLen], pkt: pkt}
@@ -222,6 +226,36 @@ func (p *Port) write(r *ring, pkt *engine.Packet, used *uint16) outcome {
 	}
 	*used += chains
 	return delivered
+}
+
+// writeOne copies a packet into the buffer that is k places on, if that is a single descriptor with room for all
+// of it; else it has done nothing.
+func (p *Port) writeOne(r *ring, pkt *engine.Packet, k uint16) bool {
+	head, err := r.head(k)
+	if err != nil {
+		return false
+	}
+	need := uint32(p.hdrLen + pkt.Len)
+	addr, size := r.one(head, true)
+	b := p.mem.at(addr, need)
+	if size < need || uint32(len(b)) != need {
+		return false
+	}
+	if pkt.Flags == 0 && pkt.GSO == engine.GSONone && p.hdrLen == 12 {
+		*(*[8]byte)(b) = [8]byte{}
+		*(*[4]byte)(b[8:]) = [4]byte{2: 1}
+	} else {
+		var hdr [12]byte
+		p.putHeader(&hdr, &pkt.Offload)
+		copy(b[:p.hdrLen], hdr[:])
+	}
+	b = b[p.hdrLen:]
+	b = b[copy(b, pkt.Head):]
+	for _, t := range pkt.Tail {
+		b = b[copy(b, t):]
+	}
+	r.put(k, head, need)
+	return true
 }
 
 // putHeader writes the virtio-net header, with one buffer.

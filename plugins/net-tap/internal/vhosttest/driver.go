@@ -358,11 +358,12 @@ func (d *Driver) negotiate() error {
 	if want&^offered != 0 {
 		return fmt.Errorf("features %#x are not offered", want&^offered)
 	}
-	if _, err := d.Ask64(15); err != nil {
+	proto, err := d.Ask64(15)
+	if err != nil {
 		return err
 	}
 	steps := []func() error{
-		func() error { return d.Tell(16, le(1<<0|1<<3|1<<9|1<<12|1<<16)) }, // MQ, REPLY_ACK, CONFIG, INFLIGHT, STATUS
+		func() error { return d.Tell(16, le(proto&(1<<0|1<<3|1<<9|1<<12|1<<16))) }, // MQ, REPLY_ACK, CONFIG, INFLIGHT, STATUS
 		func() error { return d.Tell(3, nil) },
 		func() error { return d.Tell(2, le(want|protocol)) },
 		func() error { return d.Tell(5, d.memTable(), d.MemFD) },
@@ -384,6 +385,9 @@ func (d *Driver) negotiate() error {
 		if err := d.Tell(18, State(i, 1)); err != nil {
 			return err
 		}
+	}
+	if proto&(1<<16) != 0 {
+		return d.Tell(39, le(0xf)) // the driver is there (virtio 1.2, section 2.1): DPDK waits for it
 	}
 	return nil
 }
