@@ -26,23 +26,11 @@ func (s *Service) see(ctx context.Context, cause error) {
 		s.view.Store(nil)
 		return
 	}
-	view := store.Memory(objects, s.notReady(cause))
-	// What was attached through the view before this one still is.
-	if old := s.view.Load(); old != nil {
-		for _, o := range old.List(KindVolume) {
-			now, ok := view.Get(KindVolume, o.ID)
-			if !ok {
-				continue
-			}
-			for _, a := range o.Attachments {
-				if !slices.Contains(now.Attachments, a) {
-					now.Attachments = append(now.Attachments, a)
-				}
-			}
-			view.Note(now)
-		}
+	if view := s.view.Load(); view != nil {
+		view.Refresh(objects, s.notReady(cause)) // who attaches now does so in this one
+		return
 	}
-	s.view.Store(view)
+	s.view.Store(store.Memory(objects, s.notReady(cause)))
 }
 
 // reader is the store for calls that change nothing: the view where there is no other.

@@ -197,7 +197,10 @@ func (s *Service) volumes(ctx context.Context, st *store.Store, objects []Object
 		f := facts[o.ID]
 		v := storage.Volume{ID: o.ID, Name: o.Name, SizeBytes: size, AllocatedBytes: f.Allocated, BlockSize: max(o.BlockSize, f.BlockSize),
 			OriginType: o.OriginType, OriginID: o.OriginID, CreatedAt: o.CreatedAt, State: state, StateReason: reason,
-			Labels: o.Labels, Attachments: o.Attachments, SnapshotCount: count[o.ID]}
+			Labels: o.Labels, SnapshotCount: count[o.ID]}
+		if len(o.Attachments) > 0 { // none is nil, wherever the record comes from
+			v.Attachments = o.Attachments
+		}
 		out = append(out, v)
 	}
 	return out, nil

@@ -21,6 +21,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -134,6 +135,9 @@ func (img Image) Run(ctx context.Context, o Options) (int, error) {
 	if o.Shell {
 		cmd.Stdin = os.Stdin
 	}
+	// The signal comes when the thread that started QEMU ends, not the process (prctl(2)).
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	runErr := cmd.Run()
 	code, err := header(out)
 	if err != nil {

@@ -92,6 +92,18 @@ func within[T any](t testing.TB, d time.Duration, fn func() (T, error)) (T, erro
 	}
 }
 
+// export exports a pool; udev may have a device of it open for a moment.
+func export(t testing.TB, pool string) {
+	t.Helper()
+	eventually(t, "export of "+pool, func() string {
+		out, err := exec.Command("zpool", "export", pool).CombinedOutput()
+		if err != nil {
+			return string(out)
+		}
+		return ""
+	})
+}
+
 func TestRealFull(t *testing.T) {
 	pool := realPool(t, 4<<30, "-O", "compression=off")
 	s := open(t, pool, quick())
@@ -132,9 +144,10 @@ func TestRealAway(t *testing.T) {
 	must(0, kittest.Put(ctx, s, "v", vm, "old"))(t)
 	sn := snapshot(t, s, "v", "s")
 	must(s.CreateTemplate(ctx, storage.CreateTemplateRequest{ID: ident.New(), Name: "t", SnapshotID: sn.ID}))(t)
+	command(t, "zpool", "sync", pool) // what is written takes its space
 	before := listing(t, s)
 	shut(t, s)
-	command(t, "zpool", "export", pool)
+	export(t, pool)
 
 	t.Log("missing at start")
 	s = open(t, pool, quick())
@@ -188,7 +201,7 @@ func TestRealAway(t *testing.T) {
 	}
 
 	t.Log("imported to be written while the plugin runs")
-	command(t, "zpool", "export", pool)
+	export(t, pool)
 	command(t, "zpool", "import", "-d", dir, pool)
 	eventually(t, "the pool is back", func() string {
 		if _, err := s.CreateVolume(ctx, storage.CreateVolumeRequest{ID: v.ID[:len(v.ID)-4] + "ffff", Name: "w", SizeBytes: mib}); err != nil {
@@ -204,7 +217,7 @@ func TestRealAway(t *testing.T) {
 	shut(t, s)
 
 	t.Log("under another name")
-	command(t, "zpool", "export", pool)
+	export(t, pool)
 	command(t, "zpool", "import", "-d", dir, pool, pool+"x")
 	s = open(t, pool, quick())
 	_, err = s.ListVolumes(ctx)
@@ -215,7 +228,7 @@ func TestRealAway(t *testing.T) {
 		t.Errorf("before %s\nrenamed %s", before, got)
 	}
 	shut(t, s)
-	command(t, "zpool", "export", pool+"x")
+	export(t, pool+"x")
 	command(t, "zpool", "import", "-d", dir, pool+"x", pool)
 }
 

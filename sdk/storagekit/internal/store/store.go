@@ -98,7 +98,6 @@ type Import struct {
 // Store is an open metadata.db, or what is known without one (see Memory). Safe for concurrent use.
 type Store struct {
 	db     *bolt.DB
-	cause  error         // of a store in memory: why nothing can be changed
 	turn   chan struct{} // held by who writes the file: a disk that hangs must not keep readers waiting
 	waiter time.Duration // how long a writer waits for its turn
 
@@ -107,6 +106,9 @@ type Store struct {
 	names   map[string]string // of objects: kind, volume and name to id
 	intents map[string]Intent
 	imports map[string]Import
+	// Of a store in memory: why nothing can be changed, and the attachments of objects that were noted.
+	cause error
+	noted map[string][]storage.AttachmentInfo
 }
 
 func nameKey(kind, volumeID, name string) string { return kind + "\x00" + volumeID + "\x00" + name }
@@ -125,20 +127,36 @@ func empty() *Store {
 // Memory is a store without a file: objects that can be looked at, and cause as the answer to every change.
 func Memory(objects []Object, cause error) *Store {
 	s := empty()
+	s.Refresh(objects, cause)
+	return s
+}
+
+// Refresh gives a store of Memory other objects; what is attached by Note stays so.
+func (s *Store) Refresh(objects []Object, cause error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.cause = cause
+	clear(s.objects)
+	clear(s.names)
 	for _, o := range objects {
+		if a, ok := s.noted[o.ID]; ok {
+			o.Attachments = a
+		}
 		s.putLocked(o)
 	}
-	return s
 }
 
 // InMemory tells whether this is a store of Memory.
 func (s *Store) InMemory() bool { return s.db == nil }
 
-// Note changes an object of a store of Memory, for as long as that lives.
+// Note changes the attachments of an object of a store of Memory, for as long as that lives.
 func (s *Store) Note(o Object) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.noted == nil {
+		s.noted = map[string][]storage.AttachmentInfo{}
+	}
+	s.noted[o.ID] = slices.Clone(o.Attachments)
 	s.putLocked(o)
 }
 
@@ -243,6 +261,8 @@ type Change struct {
 // Apply makes a change durable and visible, all of it or nothing.
 func (s *Store) Apply(c Change) error {
 	if s.db == nil {
+		s.mu.RLock()
+		defer s.mu.RUnlock()
 		return s.cause
 	}
 	limit := time.NewTimer(s.waiter)
