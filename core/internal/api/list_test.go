@@ -1,6 +1,7 @@
 package api
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"strings"
@@ -84,6 +85,60 @@ func TestListNeedsNoCall(t *testing.T) {
 	}
 }
 
+// answers is a vmm plugin that gives these VMs, or this error.
+type answers struct {
+	vms         []vmm.VM
+	err         error
+	gets, lists int
+}
+
+func (a *answers) Get(_ context.Context, r vmm.Ref) (vmm.VM, error) {
+	a.gets++
+	for _, vm := range a.vms {
+		if vm.ID == r.Ref {
+			return vm, a.err
+		}
+	}
+	return vmm.VM{}, cmp.Or(a.err, error(errs.New(errs.NotFound, "no")))
+}
+
+func (a *answers) List(context.Context) ([]vmm.VM, error) {
+	a.lists++
+	return a.vms, a.err
+}
+
+// TestMirrorSettlesMany marks more VMs than are asked for one by one: one question settles them for good.
+func TestMirrorSettlesMany(t *testing.T) {
+	m := &mirror{}
+	m.reset()
+	m.event(vmm.Event{Type: vmm.EventSnapshot, VM: vmm.VM{ID: "gone", Spec: vmm.Spec{Name: "gone"}}})
+	m.event(vmm.Event{Type: vmm.EventSnapshotEnd})
+	a := &answers{}
+	marked := []string{"gone", "not a VM"}
+	for i := range 3 * maxAsk {
+		vm := vmm.VM{ID: fmt.Sprint(i), Spec: vmm.Spec{Name: fmt.Sprintf("vm%03d", i)}}
+		a.vms = append(a.vms, vm)
+		marked = append(marked, vm.ID)
+	}
+	m.mark(marked)
+	a.err = errs.New(errs.Unavailable, "away")
+	if m.settle(t.Context(), a) {
+		t.Fatal("settled without an answer")
+	}
+	a.err = nil
+	for range 3 {
+		if !m.settle(t.Context(), a) {
+			t.Fatal("not settled")
+		}
+	}
+	if l, ok := m.list(names{}); !ok || len(l) != 3*maxAsk || l[0].GetName() != "vm000" {
+		t.Errorf("%d VMs, known %v", len(l), ok)
+	}
+	if a.gets != 0 || a.lists != 2 {
+		t.Errorf("%d gets and %d lists, want none and 2", a.gets, a.lists)
+	}
+}
+
 func TestMirrorPrefersTheNewer(t *testing.T) {
 	m := &mirror{}
 	m.reset()
@@ -94,12 +149,7 @@ func TestMirrorPrefersTheNewer(t *testing.T) {
 	m.event(vmm.Event{Type: vmm.EventSnapshot, VM: vm(1, 0, vmm.StateStopped)})
 	m.event(vmm.Event{Type: vmm.EventSnapshotEnd})
 	m.mark([]string{"1", "not a VM"})
-	get := func(_ context.Context, r vmm.Ref) (vmm.VM, error) {
-		if r.Ref != "1" {
-			return vmm.VM{}, errs.New(errs.NotFound, "no")
-		}
-		return vm(1, 2*time.Second, vmm.StateRunning), nil
-	}
+	get := &answers{vms: []vmm.VM{vm(1, 2*time.Second, vmm.StateRunning)}}
 	if !m.settle(t.Context(), get) {
 		t.Fatal("not settled")
 	}
@@ -113,7 +163,7 @@ func TestMirrorPrefersTheNewer(t *testing.T) {
 		t.Errorf("a newer event does not count: %s", s)
 	}
 	m.mark([]string{"1"})
-	if m.settle(t.Context(), func(context.Context, vmm.Ref) (vmm.VM, error) { return vmm.VM{}, errs.New(errs.Unavailable, "away") }) {
+	if m.settle(t.Context(), &answers{err: errs.New(errs.Unavailable, "away")}) {
 		t.Error("settled without an answer")
 	}
 	if m.event(vmm.Event{Type: vmm.EventLagged}); m.settle(t.Context(), get) {

@@ -2,6 +2,7 @@ package api
 
 import (
 	"context"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -50,10 +51,7 @@ func (m *mirror) event(e vmm.Event) {
 			m.putLocked(e.VM, time.Time{})
 		}
 	case vmm.EventDeleted:
-		if m.vms[e.VM.ID] != nil {
-			delete(m.vms, e.VM.ID)
-			m.order = nil
-		}
+		m.dropLocked(e.VM.ID)
 	case vmm.EventSnapshotEnd:
 		m.valid = true
 	case vmm.EventLagged:
@@ -73,8 +71,8 @@ func (m *mirror) resetLocked() {
 
 func (m *mirror) putLocked(vm vmm.VM, asked time.Time) {
 	old := m.vms[vm.ID]
-	if old != nil && asked.IsZero() && time.Since(old.asked) < late && (vm.Generation < old.vm.Generation || vm.Since.Before(old.vm.Since)) {
-		return // overtaken by a question
+	if old != nil && (!asked.IsZero() || time.Since(old.asked) < late) && (vm.Generation < old.vm.Generation || vm.Since.Before(old.vm.Since)) {
+		return // overtaken by a question, or a question's answer by the watch
 	}
 	m.vms[vm.ID] = &mirrored{vm: vm, asked: asked}
 	m.order = nil
@@ -92,38 +90,72 @@ func (m *mirror) mark(ids []string) {
 	}
 }
 
-// settle asks for what is marked. ok is false when the plugin must be asked for all.
-func (m *mirror) settle(ctx context.Context, get func(ctx context.Context, req vmm.Ref) (vmm.VM, error)) (ok bool) {
+// asked is what the mirror asks of the vmm plugin.
+type asked interface {
+	Get(ctx context.Context, req vmm.Ref) (vmm.VM, error)
+	List(ctx context.Context) ([]vmm.VM, error)
+}
+
+// settle asks for what is marked: one by one while it is little, else for all. ok is false when the mirror cannot
+// tell, and the plugin must be asked for the list.
+func (m *mirror) settle(ctx context.Context, plugin asked) (ok bool) {
 	m.mu.Lock()
-	if !m.valid || len(m.dirty) > maxAsk {
+	if !m.valid {
 		m.mu.Unlock()
 		return false
 	}
 	dirty := m.dirty
 	m.dirty = map[string]bool{}
 	m.mu.Unlock()
+	if len(dirty) > maxAsk {
+		return m.settleAll(ctx, plugin, dirty)
+	}
 	for id := range dirty {
-		asked := time.Now()
-		vm, err := get(ctx, vmm.Ref{Ref: id})
+		at := time.Now()
+		vm, err := plugin.Get(ctx, vmm.Ref{Ref: id})
 		m.mu.Lock()
 		switch {
 		case err == nil:
-			m.putLocked(vm, asked)
+			m.putLocked(vm, at)
 		case errs.KindOf(err) == errs.NotFound: // deleted, or not a VM
-			if m.vms[id] != nil {
-				delete(m.vms, id)
-				m.order = nil
-			}
+			m.dropLocked(id)
 		default:
-			for id := range dirty {
-				m.dirty[id] = true
-			}
+			maps.Copy(m.dirty, dirty)
 			m.mu.Unlock()
 			return false
 		}
 		m.mu.Unlock()
 	}
 	return true
+}
+
+// settleAll takes in what the plugin lists. What is marked and not in the list is no VM (any more).
+func (m *mirror) settleAll(ctx context.Context, plugin asked, dirty map[string]bool) (ok bool) {
+	at := time.Now()
+	vms, err := plugin.List(ctx)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err != nil || !m.valid {
+		maps.Copy(m.dirty, dirty)
+		return false
+	}
+	for _, vm := range vms {
+		if dirty[vm.ID] {
+			m.putLocked(vm, at)
+			delete(dirty, vm.ID)
+		}
+	}
+	for id := range dirty {
+		m.dropLocked(id)
+	}
+	return true
+}
+
+func (m *mirror) dropLocked(id string) {
+	if m.vms[id] != nil {
+		delete(m.vms, id)
+		m.order = nil
+	}
 }
 
 // list is all VMs as a list shows them, by name; ok is false when it is not known.

@@ -35,7 +35,7 @@ type vmsAPI struct {
 
 func (a *vmsAPI) List(ctx context.Context, _ *apiv1.ListVMsRequest) (*apiv1.ListVMsResponse, error) {
 	look := a.lookup.all(ctx)
-	known := a.mirror.settle(ctx, a.vmm.Get)
+	known := a.mirror.settle(ctx, a.vmm)
 	out := &apiv1.ListVMsResponse{}
 	if known {
 		out.Vms, known = a.mirror.list(look)
