@@ -138,7 +138,7 @@ func (c *chaos) oneFault(ctx context.Context, n int) error {
 	}
 	// From here on nothing hinders; what counts is until it all answers again.
 	took, err := c.managed(ctx, managedMost)
-	for _, g := range c.guests {
+	for _, g := range c.vms {
 		if !g.alive() {
 			return fmt.Errorf("guest exit: %s ended after fault %d (%s)", g.name, n, strings.Join(words, " + "))
 		}
@@ -296,7 +296,7 @@ func (c *chaos) managed(ctx context.Context, most time.Duration) (times, error) 
 			if up.IsZero() {
 				up = time.Now()
 			}
-			if len(c.pids(packets)) == 0 {
+			if c.guests > 0 && len(c.pids(packets)) == 0 {
 				return errors.New("no packet worker")
 			}
 			return c.seen(ctx, apiv1.NewVMsClient(conn))
@@ -325,7 +325,7 @@ func (c *chaos) seen(ctx context.Context, vms apiv1.VMsClient) error {
 	if err != nil {
 		return err
 	}
-	for _, g := range c.guests {
+	for _, g := range c.vms {
 		i := slices.IndexFunc(r.Vms, func(v *apiv1.VM) bool { return v.Id == g.id })
 		if i < 0 {
 			return fmt.Errorf("%s is not listed", g.name)

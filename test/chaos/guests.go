@@ -52,7 +52,7 @@ func (c *chaos) startGuests(ctx context.Context) error {
 	if err := os.WriteFile(data, []byte(load), 0o644); err != nil {
 		return err
 	}
-	for _, name := range []string{"alice", "bob"} {
+	for _, name := range []string{"alice", "bob"}[:c.guests] {
 		if _, err := cli("vm", "create", name, "--template", "busybox", "--disk", "128M", "--cpus", "1", "--memory", "128M", "--network", "lan", "--user-data", data,
 			"--kernel", c.guest.Kernel, "--initramfs", c.guest.Initramfs, "--cmdline", "console=ttyS0 quiet root=LABEL=mvirt-root", "--start"); err != nil {
 			return err
@@ -65,9 +65,9 @@ func (c *chaos) startGuests(ctx context.Context) error {
 		if g.start, err = startOf(g.pid); err != nil {
 			return err
 		}
-		c.guests = append(c.guests, g)
+		c.vms = append(c.vms, g)
 	}
-	for i, g := range c.guests {
+	for i, g := range c.vms {
 		if _, err := c.sys.sys.Console(ctx, g.name, "", "mvirt-guest: address eth0 "+g.addr+"/", bootTime, "--read-only", "--replay", "all"); err != nil {
 			return err
 		}
@@ -81,7 +81,7 @@ func (c *chaos) startGuests(ctx context.Context) error {
 		if g.boot, err = c.shell(ctx, g, "cat /proc/sys/kernel/random/boot_id"); err != nil {
 			return err
 		}
-		if _, err := c.shell(ctx, g, fmt.Sprintf(netLoad, c.guests[1-i].addr)); err != nil {
+		if _, err := c.shell(ctx, g, fmt.Sprintf(netLoad, c.vms[1-i].addr)); err != nil {
 			return err
 		}
 		if _, err := c.shell(ctx, g, "while ! [ -s /kept.md5 ]; do sleep 0.2; done"); err != nil {
@@ -161,7 +161,7 @@ func (g *guestVM) alive() bool {
 
 // checkGuests asks the guests themselves: the same boot, nothing failed, the load still runs.
 func (c *chaos) checkGuests(ctx context.Context) {
-	for _, g := range c.guests {
+	for _, g := range c.vms {
 		if !g.alive() {
 			c.fault("guest exit: the process of %s ended", g.name)
 			continue
@@ -243,7 +243,7 @@ func (c *chaos) checkConsole(ctx context.Context, g *guestVM) {
 
 // counters asks both hypervisors, which shows that they are managed.
 func (c *chaos) counters(ctx context.Context, vms apiv1.VMsClient) error {
-	for _, g := range c.guests {
+	for _, g := range c.vms {
 		if _, err := vms.Counters(ctx, &apiv1.RefRequest{Ref: g.id}); err != nil {
 			return err
 		}

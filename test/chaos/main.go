@@ -34,11 +34,16 @@ func main() {
 	flag.DurationVar(&o.duration, "duration", 2*time.Minute, "stop after this time, without --faults")
 	flag.Uint64Var(&o.seed, "seed", 0, "of the random numbers (0: one is chosen and printed)")
 	flag.DurationVar(&o.freeze, "freeze", 3*time.Second, "longest time that a process is stopped for")
+	flag.IntVar(&o.guests, "guests", 2, "how many guests run: 2, or 0 for a short run without load")
 	flag.StringVar(&o.bin, "bin", "bin", "directory with the programs")
 	flag.StringVar(&o.name, "name", "chaos", "of the system: directories are /var/lib/mvirt-NAME and /run/mvirt-NAME")
 	flag.StringVar(&o.only, "only", "", "only faults whose words contain this, as \"kill net\"")
 	flag.BoolVar(&o.keep, "keep", false, "leave the system's files when something is wrong")
 	flag.Parse()
+	if o.guests != 0 && o.guests != 2 {
+		fmt.Fprintln(os.Stderr, "chaos: --guests is 0 or 2: they talk to each other")
+		os.Exit(2)
+	}
 	if flag.NArg() > 0 {
 		fmt.Fprintf(os.Stderr, "chaos: unexpected argument %q\n", flag.Arg(0))
 		os.Exit(2)
@@ -49,6 +54,7 @@ func main() {
 type options struct {
 	faults   int
 	duration time.Duration
+	guests   int
 	seed     uint64
 	freeze   time.Duration
 	bin      string
@@ -64,7 +70,7 @@ type chaos struct {
 	rand   *rand.Rand // of the faults; mutations have their own
 	sys    *keeper
 	guest  guest.Guest
-	guests []*guestVM
+	vms    []*guestVM
 	work   *workload
 	wrong  []string // what is not as it should be, in words
 	again  []time.Duration

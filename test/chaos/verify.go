@@ -70,7 +70,7 @@ func (c *chaos) compare(ctx context.Context, want []*object) error {
 	owned := map[string]bool{} // volumes and NICs that belong to VMs
 	plugged := map[string]string{}
 	for _, v := range vms.Vms {
-		guest := slices.ContainsFunc(c.guests, func(g *guestVM) bool { return g.id == v.Id })
+		guest := slices.ContainsFunc(c.vms, func(g *guestVM) bool { return g.id == v.Id })
 		if !guest {
 			add("vm", v.Id, v.Name, "", 0)
 			if len(v.Disks) != 1 || len(v.Nics) != 1 {
@@ -248,7 +248,7 @@ func (c *chaos) removeAll(ctx context.Context) error {
 			r.remove(r.have[len(r.have)-1])
 		}
 	}
-	for _, g := range c.guests {
+	for _, g := range c.vms {
 		if _, err := c.sys.sys.CLI(ctx, "vm", "rm", "--force", g.name); err != nil {
 			return err
 		}

@@ -268,10 +268,10 @@ func (r *runner) plug(vms apiv1.VMsClient) {
 		return
 	}
 	o := r.pick("volume", nil)
-	if o == nil {
+	if o == nil || len(r.w.c.vms) == 0 {
 		return
 	}
-	g := r.w.c.guests[r.rand.IntN(len(r.w.c.guests))]
+	g := r.w.c.vms[r.rand.IntN(len(r.w.c.vms))]
 	try := 0
 	if r.w.change("vm.attach_volume", o.id, false, func(ctx context.Context) error {
 		try++

@@ -211,7 +211,7 @@ func (s *System) config(root bool) string {
 		p("socket_group = \"mvirt\"\nsocket_mode = \"0660\"\nuser = \"mvirt\"")
 	}
 	if root { // uids of its own, for several systems run at one time
-		p("\n[jail]\nuid_base = %d\nuid_count = 1000", 1_600_000_000+1000*(crc32.ChecksumIEEE([]byte(s.Dir))%100_000))
+		p("\n[jail]\nenabled = true\nuid_base = %d\nuid_count = 1000", 1_600_000_000+1000*(crc32.ChecksumIEEE([]byte(s.Dir))%100_000))
 	}
 	for _, k := range s.opt.Kinds {
 		data := filepath.Join(s.Dir, k)

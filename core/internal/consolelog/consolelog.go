@@ -7,11 +7,13 @@ package consolelog
 
 import (
 	"context"
+	"errors"
 	"strings"
 	"sync"
 	"time"
 	"unicode/utf8"
 
+	"github.com/mvirt/mvirt/sdk/errs"
 	"github.com/mvirt/mvirt/sdk/log"
 	"github.com/mvirt/mvirt/sdk/vmm"
 )
@@ -71,7 +73,8 @@ func (c *Collector) read(ctx context.Context, vm vmm.VM) {
 		in := make(chan []byte) // nothing is ever typed; closed, it would say so
 		err := c.vmm.Console(ctx, req, vmm.ConsoleIO{In: in, Out: l.write})
 		l.end()
-		if now, gerr := c.vmm.Get(ctx, vmm.Ref{Ref: vm.ID}); gerr == nil && !now.State.Live() || err == nil {
+		now, gerr := c.vmm.Get(ctx, vmm.Ref{Ref: vm.ID})
+		if err == nil || gerr == nil && !now.State.Live() || errors.Is(gerr, errs.NotFound) {
 			return
 		}
 		t := time.NewTimer(retry)

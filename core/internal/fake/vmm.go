@@ -233,7 +233,17 @@ func (m *VMM) Reboot(ctx context.Context, req vmm.RebootRequest) (vmm.VM, error)
 
 // Console echoes what is typed, after a greeting, until the input ends or "quit" is typed.
 func (m *VMM) Console(ctx context.Context, req vmm.ConsoleRequest, cio vmm.ConsoleIO) error {
-	if _, err := m.Get(ctx, vmm.Ref{Ref: req.Ref}); err != nil {
+	ch := make(chan vmm.Event, 1000)
+	m.w.mu.Lock()
+	m.w.watchers[ch] = true
+	m.w.mu.Unlock()
+	defer func() {
+		m.w.mu.Lock()
+		delete(m.w.watchers, ch)
+		m.w.mu.Unlock()
+	}()
+	vm, err := m.Get(ctx, vmm.Ref{Ref: req.Ref})
+	if err != nil {
 		return err
 	}
 	if err := cio.Out([]byte("hello\n")); err != nil || req.NoFollow {
@@ -247,6 +257,10 @@ func (m *VMM) Console(ctx context.Context, req vmm.ConsoleRequest, cio vmm.Conso
 			}
 			if err := cio.Out(b); err != nil {
 				return err
+			}
+		case e := <-ch:
+			if e.VM.ID == vm.ID && !e.VM.State.Live() {
+				return nil // it ends with its VM
 			}
 		case <-ctx.Done():
 			return ctx.Err()

@@ -269,3 +269,10 @@ func notFound(kind, ref string) error {
 }
 
 func now() time.Time { return time.Now() }
+
+// Forget drops the history of calls and entries, which otherwise grows for ever.
+func (w *World) Forget() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.calls, w.entries, w.ids = nil, nil, map[string]bool{}
+}
