@@ -28,7 +28,7 @@ func main() {
 			fs.StringVar(&link, "link-prefix", link, "IPv4 prefix for the links between nat networks and the host")
 		},
 		Open: func(_ context.Context, env plugin.Env) (service.Base, error) {
-			cfg.Log, cfg.Host = env.Log, env.Host
+			cfg.Log, cfg.Host, cfg.Starter = env.Log, env.Host, env.Jail
 			cfg.LinkPrefix, _ = netip.ParsePrefix(link) // Open explains one that is none
 			return control.Open(cfg)
 		},

@@ -182,7 +182,7 @@ func (s *Service) sweep() error {
 			path := filepath.Join(s.workerDir(), e.Name())
 			if fd, err := wctl.Dial(path); err == nil {
 				if cred, err := wctl.PeerCred(fd); err == nil {
-					killPeer(fd, int(cred.Pid))
+					s.killPeer(fd, int(cred.Pid))
 				}
 				unix.Close(fd)
 			}

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -17,6 +18,8 @@ import (
 	"github.com/mvirt/mvirt/plugins/net-tap/internal/wctl"
 	"github.com/mvirt/mvirt/plugins/net-tap/internal/worker"
 	"github.com/mvirt/mvirt/sdk/errs"
+	"github.com/mvirt/mvirt/sdk/jail"
+	"github.com/mvirt/mvirt/sdk/vmmkit/proc"
 )
 
 // workerCred is who workers run as; nil: as the control plane itself.
@@ -96,7 +99,7 @@ func (rt *runtime) connectWorker() (*wctl.Hello, error) {
 	rep, fds, err := c.Call(wctl.Request{Op: wctl.OpHello})
 	wctl.CloseAll(fds)
 	if err != nil || rep.Hello == nil || rep.Hello.Version != wctl.Version || rep.Hello.NetworkID != rt.id {
-		killPeer(fd, int(cred.Pid))
+		rt.s.killPeer(fd, int(cred.Pid))
 		c.Close()
 		return nil, errors.Join(err, fmt.Errorf("worker %d cannot be used, replaced", cred.Pid))
 	}
@@ -113,7 +116,7 @@ func (rt *runtime) connectWorker() (*wctl.Hello, error) {
 
 // killPeer kills the process at the other end of a connected socket and waits until it is dead. The pidfd
 // is taken while the connection stands, so it is that process and not a later one of the same number.
-func killPeer(fd, pid int) {
+func (s *Service) killPeer(fd, pid int) {
 	pidfd, err := unix.PidfdOpen(pid, 0)
 	if err != nil {
 		return
@@ -123,7 +126,16 @@ func killPeer(fd, pid int) {
 	if _, err := unix.Poll(p, 0); err != nil || p[0].Revents&unix.POLLHUP != 0 {
 		return
 	}
-	_ = unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0)
+	if err := unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0); errors.Is(err, unix.EPERM) && s.cfg.Starter != nil {
+		// Another user's, and we hold no right to signal those.
+		if id, err := proc.Identify(pid); err == nil {
+			ctx, cancel := context.WithTimeout(context.Background(), callWait)
+			defer cancel()
+			if err := s.cfg.Starter.EndWorker(ctx, id); err != nil {
+				s.log.Warn("a packet worker cannot be ended", "pid", pid, "error", err)
+			}
+		}
+	}
 	for end := time.Now().Add(callWait); time.Now().Before(end); {
 		p = []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
 		if n, err := unix.Poll(p, int(callWait/time.Millisecond)); n > 0 || err != nil && err != unix.EINTR {
@@ -136,7 +148,7 @@ func killPeer(fd, pid int) {
 func (rt *runtime) killWorker() {
 	if fd, err := wctl.Dial(rt.socketPath()); err == nil {
 		if cred, err := wctl.PeerCred(fd); err == nil {
-			killPeer(fd, int(cred.Pid))
+			rt.s.killPeer(fd, int(cred.Pid))
 		}
 		unix.Close(fd)
 	}
@@ -191,38 +203,56 @@ func (rt *runtime) spawn() error {
 		return err
 	}
 	defer ready.Close()
-	args := rt.s.cfg.WorkerArgs
-	if args == nil {
-		args = []string{worker.Name}
-	}
-	cmd := exec.Cmd{
-		// This very program, also when its file was replaced meanwhile.
-		Path:       "/proc/self/exe",
-		Args:       append([]string{"mvirt-net"}, append(args, "--network", rt.id, "--control-uid", strconv.Itoa(os.Geteuid()))...),
-		Env:        []string{"GOMAXPROCS=2", "GOTRACEBACK=all"},
-		Dir:        "/",
-		Stdout:     logFile,
-		Stderr:     logFile,
-		ExtraFiles: []*os.File{listener, theirs},
-		SysProcAttr: &syscall.SysProcAttr{
-			Setsid: true,
-		},
-	}
-	if c := rt.s.cred; c != nil {
-		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: c.uid, Gid: c.gid, Groups: []uint32{}}
-	}
-	err = cmd.Start()
+	end, err := rt.s.startWorker(logFile, []*os.File{listener, theirs}, "--network", rt.id, "--control-uid", strconv.Itoa(os.Geteuid()))
 	theirs.Close()
 	if err != nil {
 		return err
 	}
-	go func() { _ = cmd.Wait() }() // reaps it whenever it ends
 	_ = ready.SetReadDeadline(time.Now().Add(10 * time.Second))
 	if _, err := ready.Read(make([]byte, 1)); err != io.EOF {
-		_ = cmd.Process.Kill()
+		end()
 		return fmt.Errorf("the worker does not begin: %w", err)
 	}
 	return nil
+}
+
+// workerEnv is what a worker's environment has besides what every process gets.
+var workerEnv = [...]string{"GOMAXPROCS=2", "GOTRACEBACK=all"}
+
+// startWorker starts a worker: the launcher does, where there is one, else we do. end kills it.
+func (s *Service) startWorker(output *os.File, files []*os.File, args ...string) (end func(), err error) {
+	if c := s.cfg.Starter; c != nil && s.cfg.WorkerArgs == nil {
+		ctx, cancel := context.WithTimeout(s.ctx, 30*time.Second)
+		defer cancel()
+		p, err := c.StartWorker(ctx, jail.Worker{Name: worker.Name, Args: args, Env: workerEnv[:]}, output, files...)
+		if err != nil {
+			return nil, err
+		}
+		return func() { _ = p.Signal(syscall.SIGKILL) }, nil
+	}
+	first := s.cfg.WorkerArgs
+	if first == nil {
+		first = []string{worker.Name}
+	}
+	cmd := exec.Cmd{
+		// This very program, also when its file was replaced meanwhile.
+		Path:        "/proc/self/exe",
+		Args:        append(append([]string{"mvirt-net"}, first...), args...),
+		Env:         workerEnv[:],
+		Dir:         "/",
+		Stdout:      output,
+		Stderr:      output,
+		ExtraFiles:  files,
+		SysProcAttr: &syscall.SysProcAttr{Setsid: true},
+	}
+	if c := s.cred; c != nil {
+		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: c.uid, Gid: c.gid, Groups: []uint32{}}
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	go func() { _ = cmd.Wait() }() // reaps it whenever it ends
+	return func() { _ = cmd.Process.Kill() }, nil
 }
 
 // lastLine is the end of a log, for an error message.

@@ -23,6 +23,7 @@ import (
 	"github.com/mvirt/mvirt/plugins/net-tap/internal/hostnet"
 	"github.com/mvirt/mvirt/plugins/net-tap/internal/store"
 	"github.com/mvirt/mvirt/sdk/errs"
+	"github.com/mvirt/mvirt/sdk/jail"
 	"github.com/mvirt/mvirt/sdk/net"
 	"github.com/mvirt/mvirt/sdk/service"
 )
@@ -35,6 +36,7 @@ type Config struct {
 	LinkPrefix  netip.Prefix // where link addresses of nat networks come from
 	Log         hclog.Logger
 	Host        service.Host
+	Starter     *jail.Client // starts and ends workers, which we as root then need no right for; nil: we do it
 	// WorkerArgs starts a worker: arguments after the program's own name; nil: the plugin's.
 	WorkerArgs []string
 	// Tick is how often the kernel's state is looked over; 0: 10 s.
