@@ -25,8 +25,8 @@ func New() plugin.Program {
 		Short:   "Volumes as zvols of a ZFS pool",
 		Needs: service.Needs{
 			Root: true,
-			// SYS_ADMIN for the ZFS module, CHOWN, DAC_OVERRIDE and FOWNER for device nodes, the rest for workers.
-			Capabilities: []string{"CAP_SYS_ADMIN", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_SETUID", "CAP_SETGID", "CAP_KILL"},
+			// SYS_ADMIN for the ZFS module, CHOWN, DAC_OVERRIDE and FOWNER for device nodes. Workers are started by the launcher.
+			Capabilities: []string{"CAP_SYS_ADMIN", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER"},
 			Devices:      []string{"/dev/zfs"},
 			Programs:     []string{"zfs", "zpool"},
 		},
@@ -41,6 +41,7 @@ func New() plugin.Program {
 				return nil, err
 			}
 			opts, err := kit.Options(env.Log)
+			opts.Starter = env.Jail
 			if err != nil {
 				return nil, err
 			}
