@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
+	"os"
 	"runtime"
 	"slices"
 	"strings"
@@ -137,7 +138,10 @@ const (
 func (s *Store) prepareDir() error {
 	fs, dir := s.opt.FS, s.opt.Dir
 	var err error
-	if s.lock, err = fs.Lock(fs.PathJoin(dir, lockName)); err != nil {
+	switch s.lock, err = fs.Lock(fs.PathJoin(dir, lockName)); {
+	case errors.Is(err, os.ErrNotExist):
+		return errs.New(errs.NotFound, "%s holds no log", dir).Do("give the --data-dir of the log plugin")
+	case err != nil:
 		return errs.Wrap(errs.Conflict, err, "another process has the log in %s open", dir)
 	}
 	s.dir = fs.PathJoin(dir, storeDir, dbDir)
