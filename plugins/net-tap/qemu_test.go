@@ -71,7 +71,7 @@ func memory(t *testing.T, dir string) string {
 }
 
 // boot attaches a NIC and starts a guest on it.
-func boot(t *testing.T, p *host.Plugin, dir, name string, nic net.NIC, mode net.AttachMode) *vm {
+func boot(t *testing.T, p *host.Plugin, dir, name string, nic net.NIC, mode net.AttachMode, more ...string) *vm {
 	t.Helper()
 	att, err := p.Net.Attach(t.Context(), net.AttachRequest{NICID: nic.ID, Owner: service.Owner{VMID: ident.New(), UID: uint32(os.Getuid()), GID: uint32(os.Getgid())},
 		Modes: []net.AttachMode{mode}})
@@ -94,7 +94,7 @@ func boot(t *testing.T, p *host.Plugin, dir, name string, nic net.NIC, mode net.
 		args = append(args, "-netdev", "tap,id=n,fd=3,vhost=off")
 		v.cmd.ExtraFiles = att.TAP
 	}
-	v.cmd.Args = append(v.cmd.Args, args...)
+	v.cmd.Args = append(append(v.cmd.Args, args...), more...)
 	v.cmd.Stderr = os.Stderr
 	out, err := v.cmd.StdoutPipe()
 	if err != nil {

@@ -1,8 +1,10 @@
-// Command net measures mvirt-net: packets per second and bytes per second through the packet engine on
-// vhost-user ports, round trips, memory and idle CPU of a worker, and the start with 1,000 NICs.
+// Command net measures mvirt-net: packets per second through the packet engine on vhost-user ports against DPDK,
+// bytes per second, two real guests against a kernel bridge, round trips, memory and idle CPU of a worker, and
+// the start with 1,000 NICs. With a part's name as argument (dpdk, virtio-user, gso, rtt, idle, restart, guests)
+// only that is measured.
 //
-// The measuring itself is plugins/net-tap/internal/netbench, which needs what is internal to the plugin; this
-// program runs it and passes its lines on: figure NAME VALUE UNIT aim OP NUMBER (or "report" where there is
+// The measuring itself is in tests of plugins/net-tap, which need what is internal to the plugin; this program
+// runs them and passes their lines on: figure NAME VALUE UNIT aim OP NUMBER (or "report" where there is
 // no aim), and note TEXT.
 package main
 
@@ -11,6 +13,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"regexp"
 	"strings"
 )
 
@@ -25,17 +28,43 @@ func run() error {
 	if os.Geteuid() != 0 {
 		return fmt.Errorf("needs root: it makes TAPs in namespaces of its own")
 	}
-	cmd := exec.Command("go", "test", "-count=1", "-timeout=10m", "-run=^TestFigures$", "-v", "./plugins/net-tap/internal/netbench")
+	part := "[^/]*"
+	if len(os.Args) > 1 {
+		part = regexp.QuoteMeta(os.Args[1])
+	}
+	figures := 0
+	if part != "guests" {
+		n, err := measure("./plugins/net-tap/internal/netbench", "^TestFigures$/^"+part+"$")
+		if err != nil {
+			return err
+		}
+		figures += n
+	}
+	if part == "guests" || len(os.Args) == 1 {
+		n, err := measure("./plugins/net-tap", "^TestGuestFigures$")
+		if err != nil {
+			return err
+		}
+		figures += n
+	}
+	if figures == 0 {
+		return fmt.Errorf("nothing was measured")
+	}
+	return nil
+}
+
+// measure runs one test and passes its figures on.
+func measure(pkg, test string) (figures int, err error) {
+	cmd := exec.Command("go", "test", "-count=1", "-timeout=15m", "-run="+test, "-v", pkg)
 	cmd.Env = append(os.Environ(), "MVIRT_BENCH_NET=1")
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {
-		return err
+		return 0, err
 	}
 	if err := cmd.Start(); err != nil {
-		return err
+		return 0, err
 	}
-	figures := 0
 	for sc := bufio.NewScanner(out); sc.Scan(); {
 		line := sc.Text()
 		switch {
@@ -49,10 +78,7 @@ func run() error {
 		}
 	}
 	if err := cmd.Wait(); err != nil {
-		return fmt.Errorf("the measurement failed: %w", err)
+		return figures, fmt.Errorf("the measurement failed: %w", err)
 	}
-	if figures == 0 {
-		return fmt.Errorf("nothing was measured")
-	}
-	return nil
+	return figures, nil
 }

@@ -51,9 +51,8 @@ var DefaultLinkPrefix = netip.MustParsePrefix("169.254.64.0/18")
 // its health what is missing.
 func Needs() service.Needs {
 	return service.Needs{
-		Root: true,
-		// The last three start workers under their own user.
-		Capabilities: []string{"CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_SYS_ADMIN", "CAP_CHOWN", "CAP_SETUID", "CAP_SETGID", "CAP_KILL"},
+		Root:         true,
+		Capabilities: []string{"CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_SYS_ADMIN", "CAP_CHOWN"},
 		Devices:      []string{"/dev/net/tun"},
 		Programs:     []string{"nft"},
 	}

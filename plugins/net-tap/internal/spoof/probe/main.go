@@ -1,8 +1,13 @@
 // Command probe sends the suite of forged packets, or listens for what arrives of it, through a packet socket:
-// in a real guest, or on a host interface. For tests only.
+// in a real guest, or on a host interface; and it measures connections between guests. For tests only.
 //
 //	probe send IFACE FACTS     FACTS is spoof.Facts in JSON
 //	probe listen IFACE         prints what has come, one mark a line, and "probe: done", once the last packet has
+//	probe echo                 answers on port 7, by TCP and UDP
+//	probe watch ADDRESS FILE   keeps a connection to an echo until FILE is there, and tells how that went
+//	probe sink                 takes TCP on port 9
+//	probe pump ADDRESS SECONDS sends to a sink, and tells how fast
+//	probe rtt ADDRESS COUNT    times round trips to an echo
 //
 // The sender prints "probe: sent N".
 package main
@@ -31,8 +36,20 @@ func main() {
 }
 
 func run(args []string) error {
+	switch {
+	case len(args) == 1 && args[0] == "echo":
+		return echo()
+	case len(args) == 1 && args[0] == "sink":
+		return sink()
+	case len(args) == 3 && args[0] == "pump":
+		return pump(args[1], args[2])
+	case len(args) == 3 && args[0] == "rtt":
+		return roundTrips(args[1], args[2])
+	case len(args) == 3 && args[0] == "watch":
+		return watch(args[1], args[2])
+	}
 	if len(args) < 2 || (args[0] == "send") != (len(args) == 3) {
-		return fmt.Errorf("probe send IFACE FACTS | probe listen IFACE")
+		return fmt.Errorf("probe send IFACE FACTS | probe listen IFACE | probe echo | probe watch ADDRESS FILE | probe sink | probe pump ADDRESS SECONDS | probe rtt ADDRESS COUNT")
 	}
 	ifi, err := net.InterfaceByName(args[1])
 	if err != nil {
