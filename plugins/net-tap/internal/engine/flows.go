@@ -30,7 +30,8 @@ type Flows struct {
 	mask    uint64
 	count   map[uint32]int // by owner
 	total   int
-	quota   int // most flows a NIC
+	quota   int    // most flows a NIC
+	changes uint64 // counts entries that began and ended
 	sweepAt int
 }
 
@@ -178,6 +179,26 @@ func (t *tuple) keyOf() (k flowKey, fromB bool) {
 	return k, fromB
 }
 
+// flowMemo is the flow that a sender's last packet belonged to: most packets belong to the same. It holds for as
+// long as no entry of the table has begun or ended.
+type flowMemo struct {
+	t       tuple
+	e       *flowEntry
+	reply   bool
+	changes uint64
+	of      *Flows
+}
+
+// recall is find with a memo.
+func (f *Flows) recall(m *flowMemo, t *tuple, now uint32) (e *flowEntry, reply bool) {
+	if m.e != nil && m.of == f && m.changes == f.changes && m.t == *t && !m.e.expired(now) {
+		return m.e, m.reply
+	}
+	e, reply = f.find(t, now)
+	*m = flowMemo{t: *t, e: e, reply: reply, changes: f.changes, of: f}
+	return e, reply
+}
+
 // find looks a flow up; reply says that the tuple runs against the direction in which it began.
 func (f *Flows) find(t *tuple, now uint32) (e *flowEntry, reply bool) {
 	k, fromB := t.keyOf()
@@ -229,6 +250,7 @@ func (f *Flows) add(t *tuple, owner, now, gen uint32) *flowEntry {
 		victim.flags = flowFromB
 	}
 	victim.state.Store(flowNew)
+	f.changes++
 	f.count[owner]++
 	f.total++
 	return victim
@@ -237,6 +259,7 @@ func (f *Flows) add(t *tuple, owner, now, gen uint32) *flowEntry {
 // drop frees an entry.
 func (f *Flows) drop(e *flowEntry) {
 	e.state.Store(flowFree)
+	f.changes++
 	f.total--
 	if f.count[e.owner]--; f.count[e.owner] <= 0 {
 		delete(f.count, e.owner)

@@ -81,7 +81,13 @@ func (r *Router) guest4(nic *NIC, p *Packet, mac wire.MAC) {
 		r.error4(&nic.endpoint, p, wire.ICMPTimeExceeded, 0, 0)
 		return
 	}
-	to, code := r.route4(dst)
+	var to *endpoint
+	var code uint8
+	if dst == nic.dst4 {
+		to, code = &nic.to4.endpoint, wire.CodeHostUnreachable
+	} else if to, code = r.route4(dst); to != nil && to.nic != nil {
+		nic.dst4, nic.to4 = dst, to.nic
+	}
 	switch {
 	case to == nil || to.port == nil:
 		nic.TxDropped++

@@ -204,6 +204,10 @@ func (r *Router) judge(s, d *NIC, p *Packet) (ok, bySender bool) {
 }
 
 func (r *Router) judgeFirst(s, d *NIC, p *Packet, t *tuple, now uint32) (ok, bySender bool) {
+	memo := &r.uplink.flow
+	if s != nil {
+		memo = &s.flow
+	}
 	in := &p.info
 	echo := uint16(0)
 	if in.Ports && (in.Proto == wire.ProtoICMP || in.Proto == wire.ProtoICMPv6) {
@@ -224,7 +228,7 @@ func (r *Router) judgeFirst(s, d *NIC, p *Packet, t *tuple, now uint32) (ok, byS
 	if r.flows == nil {
 		return false, false
 	}
-	e, reply := r.flows.find(t, now)
+	e, reply := r.flows.recall(memo, t, now)
 	if e != nil && in.Proto == wire.ProtoTCP && in.TCPFlags&(tcpSYN|tcpACK) == tcpSYN && e.state.Load() == flowClosing {
 		r.flows.drop(e) // the ports are used again
 		e = nil

@@ -415,3 +415,37 @@ func BenchmarkGuarded(b *testing.B) {
 		b.Error(s)
 	}
 }
+
+// TestFlowMemo: what a sender's last packet belonged to is not believed once anything has changed.
+func TestFlowMemo(t *testing.T) {
+	f := newFlows(t, 64)
+	var m flowMemo
+	a := &tuple{src: wire.IP6{15: 1}, dst: wire.IP6{15: 2}, sport: 1, dport: 2, proto: wire.ProtoUDP}
+	if e, _ := f.recall(&m, a, 1); e != nil {
+		t.Fatal("a flow in an empty table")
+	}
+	want := f.add(a, 1, 1, 0)
+	for range 2 {
+		if e, reply := f.recall(&m, a, 1); e != want || reply {
+			t.Error(e, reply)
+		}
+	}
+	back := &tuple{src: a.dst, dst: a.src, sport: 2, dport: 1, proto: a.proto}
+	if e, reply := f.recall(&m, back, 1); e != want || !reply {
+		t.Error(e, reply)
+	}
+	if e, _ := f.recall(&m, back, 1+timeoutNew+1); e != nil {
+		t.Error("an expired flow")
+	}
+	f.add(a, 1, 100, 0)
+	f.recall(&m, a, 100)
+	f.drop(m.e)
+	if e, _ := f.recall(&m, a, 100); e != nil {
+		t.Error("a dropped flow")
+	}
+	f.add(a, 1, 100, 0)
+	f.recall(&m, a, 100)
+	if e, _ := newFlows(t, 64).recall(&m, a, 100); e != nil {
+		t.Error("a flow of another table")
+	}
+}

@@ -26,6 +26,7 @@ type endpoint struct {
 	nic  *NIC // nil for the uplink
 	out  [outMax]*Packet
 	n    int
+	flow flowMemo
 	Counters
 }
 
@@ -40,6 +41,8 @@ func (e *endpoint) mac() wire.MAC {
 // NIC is one NIC on the router.
 type NIC struct {
 	endpoint
+	dst4    wire.IP4 // where the last packet went, and to whom: most have the same way
+	to4     *NIC
 	leg     endpoint // its port on the host's bridge, on a bridge network
 	cfg     NICConfig
 	ip4     wire.IP4 // 0: none
@@ -218,6 +221,9 @@ func list4(as []netip.Addr) []wire.IP4 {
 
 // rebuild makes the forwarding table anew: NICs change seldom.
 func (r *Router) rebuild() {
+	for _, nic := range r.nics {
+		nic.dst4, nic.to4 = 0, nil
+	}
 	r.fib4.reset(len(r.nics))
 	r.fib6.reset(len(r.nics))
 	for _, nic := range r.nics {

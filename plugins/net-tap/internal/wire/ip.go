@@ -1,5 +1,7 @@
 package wire
 
+import "encoding/binary"
+
 // Info is what Parse finds out about an IP packet.
 type Info struct {
 	V6       bool
@@ -45,7 +47,7 @@ func ParseIPv4(head []byte, total int, in *Info) Problem {
 		return BadHeader
 	case len(b) < ihl || EthLen+n > total:
 		return Short
-	case Checksum(b[:ihl]) != 0:
+	case ihl == IPv4MinLen && !sum20(b) || ihl > IPv4MinLen && Checksum(b[:ihl]) != 0:
 		return BadSum
 	}
 	if ihl > IPv4MinLen && !optionsFine(b[IPv4MinLen:ihl]) {
@@ -58,6 +60,19 @@ func ParseIPv4(head []byte, total int, in *Info) Problem {
 		in.FragID = uint32(Be16(b[4:]))
 	}
 	return in.transport(head)
+}
+
+// sum20 says whether the checksum over a header without options is right. The sum of words is the same in either
+// byte order, but for the order of its own bytes (RFC 1071, section 2 (B)), and all ones has none.
+func sum20(b []byte) bool {
+	_ = b[19]
+	x, y, z := binary.LittleEndian.Uint64(b), binary.LittleEndian.Uint64(b[8:]), uint64(binary.LittleEndian.Uint32(b[16:]))
+	s := x>>32 + x&0xffffffff + y>>32 + y&0xffffffff + z
+	s = s>>32 + s&0xffffffff
+	s = s>>16 + s&0xffff
+	s = s>>16 + s&0xffff
+	s = s>>16 + s&0xffff
+	return s == 0xffff
 }
 
 // optionsFine refuses source routing (RFC 7126 says drop) and options that overrun the header.

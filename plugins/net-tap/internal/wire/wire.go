@@ -56,13 +56,14 @@ const Broadcast MAC = 0xffffffffffff
 // GetMAC reads 6 bytes.
 func GetMAC(b []byte) MAC {
 	_ = b[5]
-	return MAC(b[0])<<40 | MAC(b[1])<<32 | MAC(b[2])<<24 | MAC(b[3])<<16 | MAC(b[4])<<8 | MAC(b[5])
+	return MAC(binary.BigEndian.Uint32(b))<<16 | MAC(binary.BigEndian.Uint16(b[4:]))
 }
 
 // Put writes 6 bytes.
 func (m MAC) Put(b []byte) {
 	_ = b[5]
-	b[0], b[1], b[2], b[3], b[4], b[5] = byte(m>>40), byte(m>>32), byte(m>>24), byte(m>>16), byte(m>>8), byte(m)
+	binary.BigEndian.PutUint32(b, uint32(m>>16))
+	binary.BigEndian.PutUint16(b[4:], uint16(m))
 }
 
 // Group says whether m is a multicast or the broadcast address.

@@ -144,3 +144,23 @@ func FuzzParse(f *testing.F) {
 		}
 	})
 }
+
+// TestSum20: the quick way says what the general one says.
+func TestSum20(t *testing.T) {
+	b := make([]byte, 20)
+	for i := range 200_000 {
+		for k := range b {
+			b[k] = byte(rand.Uint32())
+		}
+		if i%2 == 0 {
+			PutBe16(b[10:], 0)
+			PutBe16(b[10:], Checksum(b))
+		}
+		if i%3 == 0 {
+			b[i%20] = 0xff
+		}
+		if sum20(b) != (Checksum(b) == 0) {
+			t.Fatalf("%x", b)
+		}
+	}
+}
