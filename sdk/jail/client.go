@@ -179,17 +179,59 @@ func (cl *Client) Start(ctx context.Context, vmID string, s Start, dir, output *
 	if err != nil {
 		return nil, nil, err
 	}
-	if len(got) != 1 {
-		closeAll(got)
-		return nil, nil, errs.New(errs.Internal, "the root half of mvirtd sent %d descriptors instead of a pidfd", len(got))
-	}
-	defer got[0].Close()
-	fd, err := unix.FcntlInt(got[0].Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	fd, err := pidfdOf(got)
 	if err != nil {
-		return nil, nil, os.NewSyscallError("fcntl", err)
+		return nil, nil, err
 	}
 	p, err := proc.FromPidfdKept(fd, keeper{cl, vmID})
 	return p, r.Notes, err
+}
+
+// StartWorker starts this plugin's program as a worker. The files stay the caller's.
+func (cl *Client) StartWorker(ctx context.Context, w Worker, output *os.File, pass ...*os.File) (*proc.Process, error) {
+	_, got, err := cl.call(ctx, &Request{Verb: VerbWorker, Worker: &w}, append([]*os.File{output}, pass...)...)
+	if err != nil {
+		return nil, err
+	}
+	fd, err := pidfdOf(got)
+	if err != nil {
+		return nil, err
+	}
+	return proc.FromPidfdKept(fd, workerKeeper{cl})
+}
+
+// EndWorker kills a worker of this plugin, also one that an earlier run of it started. One that is gone is no
+// error.
+func (cl *Client) EndWorker(ctx context.Context, id proc.Identity) error {
+	_, err := cl.do(ctx, &Request{Verb: VerbEndWorker, Process: &Process{id.PID, id.StartTime}})
+	if errs.KindOf(err) == errs.NotFound {
+		return nil
+	}
+	return err
+}
+
+// workerKeeper ends workers, which are another user's than the plugin.
+type workerKeeper struct{ cl *Client }
+
+func (k workerKeeper) Signal(id proc.Identity, sig syscall.Signal) error {
+	if sig != syscall.SIGKILL {
+		return errs.New(errs.Unsupported, "a worker is killed or left alone")
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), sendTime)
+	defer cancel()
+	return k.cl.EndWorker(ctx, id)
+}
+
+func (workerKeeper) Exit(proc.Identity) (syscall.WaitStatus, bool) { return 0, false }
+
+// pidfdOf takes the one descriptor of an answer over.
+func pidfdOf(got []*os.File) (int, error) {
+	defer closeAll(got)
+	if len(got) != 1 {
+		return -1, errs.New(errs.Internal, "the root half of mvirtd sent %d descriptors instead of a pidfd", len(got))
+	}
+	fd, err := unix.FcntlInt(got[0].Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	return fd, os.NewSyscallError("fcntl", err)
 }
 
 // Open gets a handle on a VM's process, as proc.Open does.

@@ -1,10 +1,11 @@
-// Package jail is how a vmm plugin has hypervisors started by the root half of mvirtd, each under a uid of its
-// own and shut in: what the two say to each other, and the plugin's end of it. docs/security.md tells what a
-// jail is made of.
+// Package jail is how plugins have processes started by the root half of mvirtd that must not have the plugin's
+// own user: hypervisors, each under a uid of its own and shut in (vmm plugins), and unprivileged workers (plugins
+// with worker_user in the configuration). It is what the two say to each other, and the plugin's end of it.
+// docs/security.md tells what a jail is made of.
 //
 // # The conversation
 //
-// A plugin that was started with a jail has the environment variable MVIRT_JAIL_FD: the number of a connected
+// A plugin that may have processes started has the environment variable MVIRT_JAIL_FD: the number of a connected
 // unix socket of type SOCK_SEQPACKET. Each packet is one JSON object, at most [MaxMessage] bytes, with its
 // descriptors attached by SCM_RIGHTS: a [Request] from the plugin, answered by a [Reply] with the same Seq, in
 // any order. Unknown fields, wrong types and too many descriptors end the conversation.
@@ -53,6 +54,9 @@ const (
 	VerbReach    Verb = "reach"    // make a path reachable in a running jail
 	VerbUnreach  Verb = "unreach"  // and take it away
 	VerbSize     Verb = "size"     // how many bytes a disk in a jail has
+
+	VerbWorker    Verb = "worker"     // start the plugin's own program as a worker; the reply has a pidfd
+	VerbEndWorker Verb = "end-worker" // kill a worker of the plugin
 )
 
 // Request is what a plugin asks.
@@ -61,6 +65,7 @@ type Request struct {
 	Verb    Verb
 	VM      string   `json:",omitempty"` // its id; of all verbs but list
 	Start   *Start   `json:",omitempty"`
+	Worker  *Worker  `json:",omitempty"`
 	Process *Process `json:",omitempty"` // of all verbs about a process
 	Signal  int      `json:",omitempty"`
 	Path    *Path    `json:",omitempty"` // of reach, unreach and size; of the latter two only Kind and Name count
@@ -70,6 +75,15 @@ type Request struct {
 type Process struct {
 	PID       int
 	StartTime uint64
+}
+
+// Worker is a worker to be started: the program that the plugin itself was started from, with other arguments,
+// under the worker's user and with no capability. The descriptors of the message are its output, and what it gets
+// as descriptors 3 and up.
+type Worker struct {
+	Name string // what it is: the first argument; no option
+	Args []string
+	Env  []string // "NAME=value", beside what every process gets
 }
 
 // Start is a hypervisor to be started. The descriptors of the message are, in this order: the VM's directory,
@@ -184,7 +198,7 @@ func Encode(v any) ([]byte, error) {
 // check says whether a request is one: the fields of its verb and no others, within their bounds.
 func (r *Request) check() error {
 	bad := func(what string) error { return fmt.Errorf("%w: %s: %s", ErrMalformed, r.Verb, what) }
-	needs := struct{ vm, start, process, signal, path bool }{vm: true}
+	needs := struct{ vm, start, process, signal, path, worker bool }{vm: true}
 	switch r.Verb {
 	case VerbIdentity, VerbForget:
 	case VerbList:
@@ -195,6 +209,10 @@ func (r *Request) check() error {
 		needs.process, needs.signal = true, true
 	case VerbExit:
 		needs.process = true
+	case VerbWorker:
+		needs.vm, needs.worker = false, true
+	case VerbEndWorker:
+		needs.vm, needs.process = false, true
 	case VerbReach, VerbUnreach, VerbSize:
 		needs.process, needs.path = true, true
 	default:
@@ -211,9 +229,16 @@ func (r *Request) check() error {
 		return bad("Signal")
 	case needs.path != (r.Path != nil):
 		return bad("Path")
+	case needs.worker != (r.Worker != nil):
+		return bad("Worker")
 	}
 	if r.Path != nil {
 		if err := r.Path.check(r.Verb != VerbReach); err != nil {
+			return bad(err.Error())
+		}
+	}
+	if r.Worker != nil {
+		if err := r.Worker.check(); err != nil {
 			return bad(err.Error())
 		}
 	}
@@ -258,6 +283,24 @@ func (s *Start) check() error {
 			return errors.New("two paths of one name")
 		}
 		seen[in] = true
+	}
+	return nil
+}
+
+func (w *Worker) check() error {
+	if !plainName(w.Name) || len(w.Args)+len(w.Env) > MaxArgs {
+		return errors.New("Name, or too many arguments")
+	}
+	for _, a := range append(append([]string{}, w.Args...), w.Env...) {
+		if strings.ContainsRune(a, 0) {
+			return errors.New("an argument with a NUL byte")
+		}
+	}
+	for _, e := range w.Env {
+		// What the dynamic linker heeds is nobody's to set.
+		if name, _, ok := strings.Cut(e, "="); !ok || name == "" || strings.HasPrefix(name, "LD_") {
+			return errors.New("Env")
+		}
 	}
 	return nil
 }

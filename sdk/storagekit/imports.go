@@ -306,6 +306,7 @@ func (s *Service) bring(st *store.Store, j *job, rec *store.Import) error {
 	if err != nil {
 		return err
 	}
+	as.Starter = s.opts.Starter
 	o := templateOf(*rec)
 	var target Target
 	defer func() {

@@ -31,6 +31,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 
 	"github.com/mvirt/mvirt/sdk/errs"
+	"github.com/mvirt/mvirt/sdk/jail"
 	"github.com/mvirt/mvirt/sdk/service"
 	"github.com/mvirt/mvirt/sdk/storage"
 	"github.com/mvirt/mvirt/sdk/storagekit/fetch"
@@ -42,6 +43,7 @@ import (
 type Options struct {
 	Log        hclog.Logger
 	WorkerUser string        // under whom images are converted when we are root; "": mvirt-worker
+	Starter    *jail.Client  // starts the workers; nil: we do, and change to that user ourselves
 	Fetch      fetch.Options // of downloads
 	// MaxImageSize is the largest disk that an image may have, in bytes; 0: 16 TiB, what ext4 takes in one file.
 	MaxImageSize int64

@@ -22,8 +22,7 @@ func (s *story) configure(text string) string {
 	if s.pool != "" {
 		data := filepath.Join(s.place.Dir, "storage")
 		text = storageSection.ReplaceAllLiteralString(text, fmt.Sprintf("[plugin.storage]\ncommand = %q\nargs = [\"--pool\", %q]\ndata_dir = %q\n"+
-			"user = \"root\"\ncapabilities = [\"CAP_SYS_ADMIN\", \"CAP_CHOWN\", \"CAP_DAC_OVERRIDE\", \"CAP_FOWNER\", "+
-			"\"CAP_SETUID\", \"CAP_SETGID\", \"CAP_KILL\"]\n\n", filepath.Join(s.place.Dir, "bin", "mvirt-zfs"), s.pool, data))
+			"user = \"root\"\ncapabilities = [\"CAP_SYS_ADMIN\", \"CAP_CHOWN\", \"CAP_DAC_OVERRIDE\", \"CAP_FOWNER\"]\nworker_user = \"mvirt-worker\"\n\n", filepath.Join(s.place.Dir, "bin", "mvirt-zfs"), s.pool, data))
 	}
 	if s.slow > 1 {
 		text = pluginSection.ReplaceAllString(text, "$0\nstart_timeout = \"2m\"\nhealth_deadline = \"30s\"")

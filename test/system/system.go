@@ -227,7 +227,7 @@ func (s *System) config(root bool) string {
 		switch k {
 		case "net":
 			p("user = \"root\"\ncapabilities = [%s]\nworker_user = \"mvirt-worker\"",
-				quoted([]string{"CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_SYS_ADMIN", "CAP_CHOWN", "CAP_SETUID", "CAP_SETGID", "CAP_KILL"}))
+				quoted([]string{"CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_SYS_ADMIN", "CAP_CHOWN"}))
 		case "vmm":
 			p("user = \"mvirt-vmm\"")
 			if exec.Command("getent", "group", "kvm").Run() == nil {

@@ -71,7 +71,7 @@ root. Any difference, and anything left over, gives exit code 6.`,
 }
 
 // known asks mvirtd, if it answers, which VMs there are and what lasting troubles it knows of.
-func (a *app) known(ctx context.Context) (vms map[string]bool, names map[string]string, conds []*apiv1.Condition, err error) {
+func (a *app) known(ctx context.Context) (vms map[string]int, names map[string]string, conds []*apiv1.Condition, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	c, err := a.connect()
@@ -82,9 +82,9 @@ func (a *app) known(ctx context.Context) (vms map[string]bool, names map[string]
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	vms, names = map[string]bool{}, map[string]string{}
+	vms, names = map[string]int{}, map[string]string{}
 	for _, v := range list.GetVms() {
-		vms[v.GetId()] = true
+		vms[v.GetId()] = int(v.GetPid())
 		names[v.GetName()], names[v.GetId()] = v.GetId(), v.GetId()
 	}
 	s, err := c.System.GetStatus(ctx, &apiv1.GetStatusRequest{})

@@ -41,9 +41,9 @@ func (r *Report) Healthy() bool {
 	return len(r.Leftovers) == 0 && !slices.ContainsFunc(r.Processes, func(p Process) bool { return len(p.Differences) > 0 })
 }
 
-// Look looks at the system that a configuration file describes. vms are the VMs that there are, by id; nil says
-// that this is not known.
-func Look(path string, vms map[string]bool) (*Report, error) {
+// Look looks at the system that a configuration file describes. vms are the VMs that there are, by id, and the pids
+// of their hypervisors, 0 for those that do not run; nil says that this is not known.
+func Look(path string, vms map[string]int) (*Report, error) {
 	cfg, err := load(path)
 	if err != nil {
 		return nil, err
@@ -149,7 +149,7 @@ func (s *system) plugins() {
 }
 
 // hypervisors looks at each VM that has a uid, and at those that run without a jail.
-func (s *system) hypervisors(vms map[string]bool) error {
+func (s *system) hypervisors(vms map[string]int) error {
 	if s.cfg.Plugins[service.KindVMM] == nil {
 		return nil
 	}
@@ -161,13 +161,26 @@ func (s *system) hypervisors(vms map[string]bool) error {
 	if err != nil {
 		return err
 	}
+	uids := map[string]uint32{}
 	for _, vm := range list {
-		if vms != nil && !vms[vm.ID] {
+		uids[vm.ID] = vm.UID
+		if _, there := vms[vm.ID]; vms != nil && !there {
 			continue // told among what is left over
 		}
 		for _, pid := range launcher.ProcessesOf(vm.UID) {
 			s.add("hypervisor of VM "+vm.ID, pid, Want{UID: vm.UID, GID: vm.UID, Groups: s.want.Groups, NoNewPrivs: true, Seccomp: true, Apart: true})
 		}
+	}
+	for id, pid := range vms {
+		f, err := Read(pid)
+		if uid, ok := uids[id]; pid == 0 || err != nil || ok && f.UID[0] == uid {
+			continue
+		}
+		p := Process{Name: "hypervisor of VM " + id, PID: pid, Have: f}
+		if s.cfg.Jail.Enabled {
+			p.Differences = []string{"it runs in no jail: it was started before there were any, or by a plugin that asks for none; stop the VM and start it"}
+		}
+		s.report.Processes = append(s.report.Processes, p)
 	}
 	return nil
 }

@@ -76,15 +76,15 @@ func (s *system) left(class, what, why string, fix func() error) {
 }
 
 // leftovers accounts for uids, processes, control groups, launch directories and sockets.
-func (s *system) leftovers(vms map[string]bool) {
+func (s *system) leftovers(vms map[string]int) {
 	s.leftUIDs(vms)
-	s.leftGroups(vms)
+	s.leftGroups()
 	s.leftLaunches()
 	s.leftSockets()
 }
 
 // leftUIDs looks for uids of VMs that are gone, and for processes in the range under a uid that no VM has.
-func (s *system) leftUIDs(vms map[string]bool) {
+func (s *system) leftUIDs(vms map[string]int) {
 	list, err := launcher.JailedVMs(s.cfg)
 	if err != nil {
 		return // told already
@@ -92,7 +92,7 @@ func (s *system) leftUIDs(vms map[string]bool) {
 	owner := map[uint32]string{}
 	for _, vm := range list {
 		owner[vm.UID] = vm.ID
-		if vms == nil || vms[vm.ID] {
+		if _, there := vms[vm.ID]; vms == nil || there {
 			continue
 		}
 		pids := launcher.ProcessesOf(vm.UID)
@@ -147,7 +147,7 @@ func kill(pid int, start uint64, uid uint32) error {
 }
 
 // leftGroups looks for VMs' control groups without processes.
-func (s *system) leftGroups(vms map[string]bool) {
+func (s *system) leftGroups() {
 	base := groupBase(s.cfg, s.launcher)
 	if base == "" {
 		return

@@ -71,8 +71,12 @@ func (j *jails) identity(uid uint32) identity {
 // maxAsked bounds the requests that a plugin may have under way.
 const maxAsked = 256
 
-// serve answers a plugin until its end of the socket is closed.
-func (j *jails) serve(f *os.File) {
+// serve answers a vmm plugin until its end of the socket is closed.
+func (j *jails) serve(f *os.File) { converse(f, j.log, j.answer) }
+
+// converse answers a plugin, by answer, until its end of the socket is closed. Who breaks the protocol is not
+// listened to any more.
+func converse(f *os.File, log *slog.Logger, answer func(*jail.Request, []*os.File) (*jail.Reply, *os.File, error)) {
 	c := jail.NewConn(f)
 	defer c.Close()
 	var pending atomic.Int32
@@ -82,21 +86,21 @@ func (j *jails) serve(f *os.File) {
 			return
 		}
 		r, err := jail.DecodeRequest(b)
-		if err == nil && len(files) > 0 && r.Verb != jail.VerbStart {
+		if err == nil && len(files) > 0 && r.Verb != jail.VerbStart && r.Verb != jail.VerbWorker {
 			err = jail.ErrMalformed
 		}
 		if err == nil && pending.Add(1) > maxAsked {
 			err = errors.New("too many requests under way")
 		}
 		if err != nil {
-			j.log.Error("the vmm plugin asks for what is not to be asked; it is not listened to any more", "error", err)
+			log.Error("a plugin asks for what is not to be asked; it is not listened to any more", "error", err)
 			closeAll(files)
 			return
 		}
 		go func() {
 			defer pending.Add(-1)
 			defer closeAll(files)
-			rep, pidfd, err := j.answer(r, files)
+			rep, pidfd, err := answer(r, files)
 			if err != nil {
 				rep = jail.Failure(r.Seq, err)
 			}
@@ -132,6 +136,8 @@ func (j *jails) answer(r *jail.Request, files []*os.File) (*jail.Reply, *os.File
 		return j.start(r.VM, r.Start, files)
 	case jail.VerbExit:
 		return j.exit(r.VM, *r.Process), nil, nil
+	case jail.VerbWorker, jail.VerbEndWorker:
+		return nil, nil, errs.New(errs.Denied, "this plugin has no workers")
 	}
 	// All others are about a process that runs.
 	uid, ok := j.uids.of(r.VM)
@@ -360,15 +366,15 @@ func within(path, dir string) bool {
 	return len(path) > len(dir) && path[:len(dir)] == dir && path[len(dir)] == '/'
 }
 
-// jailSocket gives a vmm plugin its end of the conversation and serves the other.
-func (j *jails) jailSocket() (theirs *os.File, env string, err error) {
+// conversation gives a plugin its end of a socket and lets serve have the other.
+func conversation(serve func(*os.File)) (theirs *os.File, env string, err error) {
 	ours, theirs, err := jail.Pair()
 	if err != nil {
 		return nil, "", err
 	}
-	go j.serve(ours)
+	go serve(ours)
 	return theirs, fmt.Sprintf("%s=%d", jail.EnvFD, jailFD), nil
 }
 
-// jailFD is what a vmm plugin has the conversation at: behind the lifeline.
+// jailFD is what a plugin has the conversation at: behind the lifeline.
 const jailFD = 4

@@ -136,6 +136,7 @@ func (r *root) prepare() error {
 		state.Close()
 		return err
 	}
+	r.st.log = r.o.Log
 	killed, err := r.st.sweep()
 	if killed > 0 {
 		r.o.Log.Warn("killed plugins that an earlier launcher left behind", "count", killed)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -23,6 +24,7 @@ type starter struct {
 	cg     *cgroups
 	env    Environment
 	family *family
+	log    *slog.Logger
 	jails  *jails // nil: hypervisors are started by the vmm plugin
 
 	mu      sync.Mutex
@@ -63,7 +65,7 @@ func newStarter(t *table, runDir string, cg *cgroups, env Environment) (*starter
 	if err != nil {
 		return nil, err
 	}
-	return &starter{table: t, dirs: dirs, cg: cg, env: env, hostPID: os.Getpid(), family: newFamily(), running: map[service.Kind]*launch{}}, nil
+	return &starter{table: t, dirs: dirs, cg: cg, env: env, hostPID: os.Getpid(), family: newFamily(), log: slog.New(slog.DiscardHandler), running: map[service.Kind]*launch{}}, nil
 }
 
 // pluginUmask lets the core's group, which the launch directory gives by its set-group-id bit, use sockets.
@@ -145,8 +147,8 @@ func (s *starter) startLaunch(l *launch, sp *spec) (err error) {
 	hostPID := s.hostPID
 	s.mu.Unlock()
 	keep, env := []*os.File{theirs[2]}, append(append([]string(nil), sp.env...), s.env(l.dir, s.table.core.UID, hostPID)...)
-	if l.kind == service.KindVMM && s.jails != nil {
-		sock, e, err := s.jails.jailSocket()
+	if serve := s.keeperFor(l.kind, sp, binary); serve != nil {
+		sock, e, err := conversation(serve)
 		if err != nil {
 			return err
 		}

@@ -23,6 +23,7 @@ type spec struct {
 	id      identity
 	caps    uint64
 	nofile  uint64
+	worker  *identity // who its workers run as, if it has workers that are started for it
 }
 
 // table is what may be started, and for whom.
@@ -81,8 +82,14 @@ func newTable(cfg *config.Config, root bool, acc accounts) (*table, error) {
 					Do("start mvirtd outside the container, or allow it the capability"))
 			}
 			if p.WorkerUser != "" {
-				if _, _, err := acc.user(p.WorkerUser); err != nil {
+				id, err := acc.identity(key, p.WorkerUser, "", nil)
+				if err == nil && id.UID == 0 {
+					err = errs.New(errs.Precondition, "%s.worker_user: workers must not run as root", key).Do("name another user")
+				}
+				if err != nil {
 					problems = append(problems, errs.Wrap(errs.Precondition, err, "%s.worker_user", key))
+				} else {
+					s.worker = &id
 				}
 			}
 		}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"os/user"
@@ -17,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/mvirt/mvirt/sdk/errs"
+	"github.com/mvirt/mvirt/sdk/jail"
 	"github.com/mvirt/mvirt/sdk/storagekit/image"
 )
 
@@ -24,6 +26,7 @@ import (
 type Identity struct {
 	Switch   bool
 	UID, GID uint32
+	Starter  *jail.Client // starts it under the worker's user; nil: we do, and Switch says as whom
 }
 
 // LookupIdentity finds the worker's user. Only root can switch; everybody else keeps the own user.
@@ -95,25 +98,8 @@ func Run(ctx context.Context, job Job) (Result, error) {
 	}
 	defer ctl.conn.Close()
 	var words tail
-	cmd := &exec.Cmd{
-		// The binary that runs now, whatever has become of its path. The worker's user need not be able to
-		// reach the path, either.
-		Path:       "/proc/self/exe",
-		Args:       []string{"mvirt-" + Name, Name},
-		Env:        []string{"GOTRACEBACK=single"},
-		Dir:        "/",
-		ExtraFiles: []*os.File{theirs, job.Source, job.Scratch},
-		Stdout:     &words,
-		Stderr:     &words,
-		WaitDelay:  2 * time.Second,
-		SysProcAttr: &syscall.SysProcAttr{
-			Setsid: true,
-		},
-	}
-	if job.As.Switch {
-		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: job.As.UID, Gid: job.As.GID}
-	}
-	if err := cmd.Start(); err != nil {
+	w, err := job.As.start(&words, theirs, job.Source, job.Scratch)
+	if err != nil {
 		return Result{}, &errs.Error{Kind: errs.Unavailable, Message: "cannot start the worker that converts images", Err: err,
 			Remedy: "check that the plugin may change to the worker's user and that the binary is executable for it"}
 	}
@@ -126,7 +112,7 @@ func Run(ctx context.Context, job Job) (Result, error) {
 		case <-ctx.Done():
 			// Hanging up ends the worker; the signal is for one that does not look.
 			ctl.conn.Close()
-			_ = cmd.Process.Kill()
+			w.kill()
 		case <-ended:
 		}
 	})
@@ -134,9 +120,9 @@ func Run(ctx context.Context, job Job) (Result, error) {
 	res, err := p.serve()
 	if err != nil {
 		ctl.conn.Close()
-		_ = cmd.Process.Kill() // it may have ended by itself
+		w.kill() // it may have ended by itself
 	}
-	werr := cmd.Wait()
+	werr := w.wait()
 	close(ended)
 	aux.Wait()
 	if ctx.Err() != nil {
@@ -146,6 +132,73 @@ func Run(ctx context.Context, job Job) (Result, error) {
 		return Result{}, died(werr, words.String())
 	}
 	return res, err
+}
+
+// process is a worker that runs.
+type process struct {
+	kill func()
+	wait func() error // returns when it has ended and all that it said has come
+}
+
+// outputDelay is how long a worker's last words may take to come after its end.
+const outputDelay = 2 * time.Second
+
+// start starts a worker with files as descriptors 3 and up; they stay the caller's.
+func (as Identity) start(words *tail, files ...*os.File) (process, error) {
+	if as.Starter != nil {
+		return as.startKept(words, files...)
+	}
+	cmd := &exec.Cmd{
+		// The binary that runs now, whatever has become of its path. The worker's user need not be able to
+		// reach the path, either.
+		Path:        "/proc/self/exe",
+		Args:        []string{"mvirt-" + Name, Name},
+		Env:         []string{"GOTRACEBACK=single"},
+		Dir:         "/",
+		ExtraFiles:  files,
+		Stdout:      words,
+		Stderr:      words,
+		WaitDelay:   outputDelay,
+		SysProcAttr: &syscall.SysProcAttr{Setsid: true},
+	}
+	if as.Switch {
+		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: as.UID, Gid: as.GID}
+	}
+	if err := cmd.Start(); err != nil {
+		return process{}, err
+	}
+	return process{kill: func() { _ = cmd.Process.Kill() }, wait: cmd.Wait}, nil
+}
+
+// startKept has the launcher start it.
+func (as Identity) startKept(words *tail, files ...*os.File) (process, error) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return process{}, err
+	}
+	defer w.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	p, err := as.Starter.StartWorker(ctx, jail.Worker{Name: Name, Env: []string{"GOTRACEBACK=single"}}, w, files...)
+	if err != nil {
+		r.Close()
+		return process{}, err
+	}
+	said := make(chan struct{})
+	go func() {
+		defer close(said)
+		_, _ = io.Copy(words, r)
+	}()
+	return process{kill: func() { _ = p.Signal(syscall.SIGKILL) }, wait: func() error {
+		<-p.Done()
+		_ = r.SetReadDeadline(time.Now().Add(outputDelay))
+		<-said
+		r.Close()
+		if e := p.Exit(); e.Known && e.Code == 0 && e.Signal == 0 {
+			return nil
+		}
+		return errors.New(p.Exit().String())
+	}}, nil
 }
 
 func died(werr error, words string) error {

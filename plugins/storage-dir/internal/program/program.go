@@ -37,6 +37,7 @@ func New() plugin.Program {
 				return nil, err
 			}
 			opts, err := kit.Options(env.Log)
+			opts.Starter = env.Jail
 			if err != nil {
 				return nil, err
 			}

@@ -44,7 +44,7 @@ func New() plugin.Program {
 			if err != nil {
 				return nil, err
 			}
-			m, err := vmmkit.Open(ctx, vmmkit.Options{DataDir: dir, Driver: d, Log: env.Log, Host: env.Host, Cgroup: cgroup})
+			m, err := vmmkit.Open(ctx, vmmkit.Options{DataDir: dir, Driver: d, Log: env.Log, Host: env.Host, Cgroup: cgroup, Jail: vmmkit.JailOf(env.Jail)})
 			if err != nil {
 				return nil, err
 			}
