@@ -161,6 +161,7 @@ type Event struct {
 const (
 	askTimeout     = 10 * time.Second // pause, reset, …
 	connectTimeout = 30 * time.Second // from spawn to a running guest
+	resizeTimeout  = 40 * time.Second // a guest lets vCPUs go in its own time
 	quitTimeout    = 5 * time.Second  // from Quit to SIGKILL
 	stopTimeout    = 60 * time.Second // of Stop, unless the caller says otherwise
 	pressAgain     = 10 * time.Second // a guest that boots misses the power button

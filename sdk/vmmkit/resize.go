@@ -2,6 +2,7 @@ package vmmkit
 
 import (
 	"context"
+	"errors"
 
 	"github.com/mvirt/mvirt/sdk/errs"
 	"github.com/mvirt/mvirt/sdk/vmm"
@@ -63,12 +64,12 @@ func (r Resizable) Resize(ctx context.Context, req vmm.ResizeRequest) (vmm.VM, e
 		if !ok {
 			return vmm.VM{}, errs.New(errs.Unsupported, "this hypervisor cannot resize a running VM").Do("stop the VM first")
 		}
-		rctx, cancel := context.WithTimeout(ctx, askTimeout)
+		rctx, cancel := context.WithTimeout(ctx, resizeTimeout)
 		defer cancel()
 		if err := res.Resize(rctx, def.Spec.CPUs, def.Spec.MemoryBytes); err != nil {
 			err = why(ctx, err)
 			return vmm.VM{}, &errs.Error{Kind: errs.KindOf(err), Resource: v.resource(), Message: "the VM was not resized", Err: err,
-				Remedy: errs.RemedyOf(err)}
+				Remedy: errs.RemedyOf(err), Field: fieldOf(err)}
 		}
 		rec.Spec.CPUs, rec.Spec.MemoryBytes = def.Spec.CPUs, def.Spec.MemoryBytes
 		change.Runtime = &rec
@@ -97,4 +98,12 @@ func checkWithin(want, running vmm.Spec) error {
 		return errs.Field("memory_bytes", remedy, "%d MiB of memory for a VM that was started with at most %d", want.MemoryBytes>>20, mem>>20)
 	}
 	return nil
+}
+
+func fieldOf(err error) string {
+	var e *errs.Error
+	if errors.As(err, &e) {
+		return e.Field
+	}
+	return ""
 }

@@ -22,7 +22,7 @@ import (
 
 // modules that the guest wants; what they depend on is found in the modules themselves.
 var modules = []string{"virtio_pci", "virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng", "button", "evdev",
-	"isofs", "pvpanic-pci", "virtio_balloon"}
+	"isofs", "pvpanic-pci", "virtio_balloon", "virtio_mem", "vmw_vsock_virtio_transport"}
 
 // module is a kernel module and what must be loaded before it.
 type module struct {

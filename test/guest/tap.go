@@ -73,23 +73,37 @@ func tapHere(queues int) (TAP, error) {
 			return tp, e
 		}
 	}
-	const all = uint16(unix.ETH_P_ALL<<8 | unix.ETH_P_ALL>>8) // in network order
-	s, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, int(all))
+	ctl, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return tp, err
 	}
-	tp.Wire = os.NewFile(uintptr(s), "wire")
+	defer unix.Close(ctl)
 	ifr, err := unix.NewIfreq(name)
 	if err != nil {
 		return tp, err
 	}
 	ifr.SetUint16(unix.IFF_UP)
-	if err := unix.IoctlIfreq(s, unix.SIOCSIFFLAGS, ifr); err != nil {
+	if err := unix.IoctlIfreq(ctl, unix.SIOCSIFFLAGS, ifr); err != nil {
 		return tp, err
 	}
+	tp.Wire, err = Listen(name)
+	return tp, err
+}
+
+// Listen opens a packet socket on an interface of this thread's network namespace: reads are frames.
+func Listen(name string) (*os.File, error) {
+	const all = uint16(unix.ETH_P_ALL<<8 | unix.ETH_P_ALL>>8) // in network order
 	ifi, err := net.InterfaceByName(name)
 	if err != nil {
-		return tp, err
+		return nil, err
 	}
-	return tp, unix.Bind(s, &unix.SockaddrLinklayer{Protocol: all, Ifindex: ifi.Index})
+	s, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, int(all))
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Bind(s, &unix.SockaddrLinklayer{Protocol: all, Ifindex: ifi.Index}); err != nil {
+		unix.Close(s)
+		return nil, err
+	}
+	return os.NewFile(uintptr(s), "wire"), nil
 }

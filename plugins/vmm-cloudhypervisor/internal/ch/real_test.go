@@ -61,12 +61,17 @@ func realRig(t *testing.T) (*rig, guest.Guest) {
 	return r, g
 }
 
+// openReal opens the plugin with a real one; "": the one of the environment.
 func (r *rig) openReal(bin string) {
 	r.t.Helper()
+	if bin == "" {
+		bin = os.Getenv(realEnv)
+	}
 	d, err := New(Config{Binaries: []string{bin}})
 	if err != nil {
 		r.t.Fatal(err)
 	}
+	r.driver = d
 	if r.m, err = vmmkit.Open(r.t.Context(), vmmkit.Options{DataDir: r.dir, Driver: d, Log: hclog.NewNullLogger(), Host: quietHost{}}); err != nil {
 		r.t.Fatal(err)
 	}

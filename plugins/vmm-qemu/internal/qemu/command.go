@@ -81,17 +81,7 @@ func (c *command) build() error {
 		"-chardev", "socket,id=api,fd=3,server=on,wait=off", "-mon", "chardev=api,mode=control",
 		"-chardev", "socket,id=serial,fd=4,server=on,wait=off,logfile=console.log,logappend=on")
 	err := errors.Join(c.json("-object", c.memory("ram", boot.BootMemory)), c.json("-device", obj{"driver": "isa-serial", "chardev": "serial"}))
-	if boot.Region > 0 {
-		err = errors.Join(err, c.json("-object", c.memory(memoryDevice, boot.Region)),
-			c.json("-device", obj{"driver": "virtio-mem-pci", "id": memoryDevice, "memdev": memoryDevice, "requested-size": 0, "bus": "pcie.0"}))
-	}
-	if s.Watchdog {
-		err = errors.Join(err, c.json("-device", obj{"driver": "i6300esb", "bus": "pcie.0"}))
-	}
-	if s.Vsock != 0 {
-		err = errors.Join(err, c.vsock())
-	}
-	if err := errors.Join(err, c.ports(), c.boot(), c.devices()); err != nil {
+	if err := errors.Join(err, c.ports(), c.boot(), c.devices(), c.extras(boot)); err != nil {
 		return err
 	}
 	if c.was != nil {
@@ -101,6 +91,22 @@ func (c *command) build() error {
 		c.add("-S")
 	}
 	return nil
+}
+
+// extras makes the devices that few VMs have, behind all others: slots are given in order.
+func (c *command) extras(boot size) error {
+	var all error
+	if boot.Region > 0 {
+		all = errors.Join(all, c.json("-object", c.memory(memoryDevice, boot.Region)),
+			c.json("-device", obj{"driver": "virtio-mem-pci", "id": memoryDevice, "memdev": memoryDevice, "requested-size": 0, "bus": "pcie.0"}))
+	}
+	if c.m.Spec.Watchdog {
+		all = errors.Join(all, c.json("-device", obj{"driver": "i6300esb", "bus": "pcie.0"}))
+	}
+	if c.m.Spec.Vsock != 0 {
+		all = errors.Join(all, c.vsock())
+	}
+	return all
 }
 
 // blockMemory is the size of the pieces in which memory comes and goes (virtio-mem's default on x86), in bytes.
@@ -153,11 +159,23 @@ func (c *command) cpu() string {
 	case c.d.kvm != nil:
 		// What distributions ask for today (x86-64-v2 of the psABI). All that TCG can do ("max") makes a guest
 		// boot a tenth slower here.
-		return "qemu64,popcnt=on,ssse3=on,sse4.1=on,sse4.2=on,lahf_lm=on,svm=off"
+		const cpu = "qemu64,popcnt=on,ssse3=on,sse4.1=on,sse4.2=on,lahf_lm=on,svm=off"
+		if c.m.Spec.Topology.Threads > 1 {
+			return cpu + ",vendor=GenuineIntel" // AMD's way to tell of threads is not emulated
+		}
+		return cpu
 	case c.m.Spec.Nested:
-		return "host"
+		return "host" + c.threads()
 	}
-	return "host,vmx=off,svm=off"
+	return "host,vmx=off,svm=off" + c.threads()
+}
+
+// threads is what tells a guest on an AMD processor of threads.
+func (c *command) threads() string {
+	if cpu, err := os.ReadFile("/proc/cpuinfo"); err == nil && c.m.Spec.Topology.Threads > 1 && hasFlag(string(cpu), "topoext") {
+		return ",topoext=on"
+	}
+	return ""
 }
 
 // ports makes the root ports that disks and NICs are plugged into, eight functions a slot, from slot 2 on. The

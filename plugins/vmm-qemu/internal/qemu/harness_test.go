@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -113,6 +114,12 @@ func (r *rig) cleanup() {
 		r.t.Error(err)
 	}
 	for _, vm := range vms {
+		if r.t.Failed() {
+			for _, f := range []string{"hypervisor.log", "console.log"} {
+				b, _ := os.ReadFile(filepath.Join(r.dir, "vm", vm.ID, f))
+				r.t.Logf("%s of %s, %s:\n%s", f, vm.Spec.Name, vm.Reason, b[max(0, len(b)-3000):])
+			}
+		}
 		if _, err := r.m.Kill(ctx, vmm.Ref{Ref: vm.ID}); err != nil {
 			r.t.Errorf("kill: %v", err)
 		}

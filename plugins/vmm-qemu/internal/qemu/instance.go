@@ -33,6 +33,8 @@ type instance struct {
 	c     *qmp.Client
 	fn    func(vmmkit.Event)
 
+	emulated bool
+
 	mu      sync.Mutex // guards what follows
 	off     bool       // the guest has powered off; STOP belongs to that
 	ioError string     // why the next STOP comes
@@ -45,11 +47,15 @@ type waitFor struct{ name, device string }
 // waited is what came.
 type waited struct{ err error }
 
-var _ vmmkit.Instance = (*instance)(nil)
+var (
+	_ vmmkit.Instance    = (*instance)(nil)
+	_ vmmkit.Resizer     = (*instance)(nil)
+	_ vmmkit.Snapshotter = (*instance)(nil)
+)
 
 // Connect speaks to a QEMU.
 func (d *Driver) Connect(ctx context.Context, m vmmkit.Machine, fn func(vmmkit.Event)) (vmmkit.Instance, error) {
-	i := &instance{dir: m.Dir, fn: fn, waiters: map[chan waited]waitFor{}}
+	i := &instance{dir: m.Dir, fn: fn, emulated: d.kvm != nil, waiters: map[chan waited]waitFor{}}
 	if len(m.State) > 0 {
 		if err := json.Unmarshal(m.State, &i.state); err != nil {
 			return nil, errs.Wrap(errs.Corrupt, err, "what is stored of the hypervisor is damaged")
@@ -65,6 +71,12 @@ func (d *Driver) Connect(ctx context.Context, m vmmkit.Machine, fn func(vmmkit.E
 	})
 	if err != nil {
 		return nil, errs.Wrap(errs.Unavailable, err, "QEMU does not answer")
+	}
+	if m.Fresh && m.Restore != nil {
+		if err := i.arrive(ctx, !m.Paused); err != nil {
+			_ = i.Close()
+			return nil, err
+		}
 	}
 	return i, nil
 }

@@ -47,17 +47,29 @@ func (i *instance) PlugDisk(ctx context.Context, d vmm.DiskAttachment) error {
 	if err != nil {
 		return err
 	}
+	undo := context.WithoutCancel(ctx)
+	if d.Limit != (vmm.RateLimit{}) {
+		if err := i.c.Do(ctx, "object-add", throttle(d), nil); err != nil {
+			return err
+		}
+	}
 	if err := i.c.Do(ctx, "blockdev-add", blockdev(d), nil); err != nil {
+		_ = i.c.Do(undo, "object-del", obj{"id": limitID(d.Name)}, nil)
 		return err
 	}
 	if err := i.c.Do(ctx, "device_add", diskDevice(d, free), nil); err != nil {
-		return errors.Join(err, i.delBlockdev(context.WithoutCancel(ctx), diskID(d.Name)))
+		return errors.Join(err, i.delBlockdev(undo, diskID(d.Name)))
 	}
 	return nil
 }
 
 func (i *instance) delBlockdev(ctx context.Context, node string) error {
-	return i.c.Do(ctx, "blockdev-del", obj{"node-name": node}, nil)
+	if err := i.c.Do(ctx, "blockdev-del", obj{"node-name": node}, nil); err != nil {
+		return err
+	}
+	// Only disks with a limit have one.
+	_ = i.c.Do(ctx, "object-del", obj{"id": "limit-" + strings.TrimPrefix(node, "disk-")}, nil)
+	return nil
 }
 
 // UnplugDisk takes a disk away, and its file is closed when it returns.
