@@ -56,7 +56,7 @@ With -o json each entry is one line of JSON.`,
 	f.StringVar(&l.until, "until", "", "older than this")
 	f.StringVar(&l.req.MaxLevel, "level", "", "this grave or graver: audit, error, warn, info, debug")
 	f.StringSliceVar(&l.req.Levels, "level-only", nil, "exactly these levels")
-	f.StringSliceVar(&l.req.Components, "component", nil, "written by these: core, vmm, storage, net, log")
+	f.StringSliceVar(&l.req.Components, "component", nil, "written by these: core, console, or a plugin by its kind (storage, net, vmm, log) or name")
 	f.StringArrayVar(&l.label, "label", nil, "with this label, as key=value")
 	f.StringVarP(&l.req.Contains, "grep", "g", "", "messages that contain this text")
 	f.BoolVarP(&l.req.IgnoreCase, "ignore-case", "i", false, "--grep does not tell upper from lower case")
@@ -73,7 +73,7 @@ With -o json each entry is one line of JSON.`,
 	must(cmd.RegisterFlagCompletionFunc("object", func(_ *cobra.Command, _ []string, prefix string) ([]cobra.Completion, cobra.ShellCompDirective) {
 		return a.anyObject(prefix, nil), cobra.ShellCompDirectiveNoFileComp
 	}))
-	must(cmd.RegisterFlagCompletionFunc("component", cobra.FixedCompletions([]string{"core", "vmm", "storage", "net", "log"}, cobra.ShellCompDirectiveNoFileComp)))
+	must(cmd.RegisterFlagCompletionFunc("component", cobra.FixedCompletions([]string{"core", "console", "storage", "net", "vmm", "log"}, cobra.ShellCompDirectiveNoFileComp)))
 	cmd.AddCommand(a.logStatsCommand(), a.logVerifyCommand())
 	return cmd
 }
@@ -103,6 +103,9 @@ func (a *app) logs(cmd *cobra.Command, c *client.Client, l *logFlags) error {
 		if !slices.Contains(levels(), s) {
 			return errs.Field("level", "give one of "+strings.Join(levels(), ", "), "there is no level %q", s)
 		}
+	}
+	if err := a.componentNames(cmd.Context(), c, r); err != nil {
+		return err
 	}
 	if l.lines < 0 {
 		return errs.Field("lines", "give 0 or more, or --all", "%d lines cannot be shown", l.lines)
@@ -148,6 +151,24 @@ func (a *app) logs(cmd *cobra.Command, c *client.Client, l *logFlags) error {
 		skipTo = ""
 		return show(e)
 	})
+}
+
+// componentNames adds to kinds of plugins the names of those that are configured: entries carry names.
+func (a *app) componentNames(ctx context.Context, c *client.Client, r *apiv1.QueryLogsRequest) error {
+	kinds := []string{"storage", "net", "vmm", "log"}
+	if !slices.ContainsFunc(r.Components, func(s string) bool { return slices.Contains(kinds, s) }) {
+		return nil
+	}
+	list, err := c.Plugins.List(ctx, &apiv1.ListPluginsRequest{})
+	if err != nil {
+		return err
+	}
+	for _, p := range list.GetPlugins() {
+		if name := p.GetName(); name != "" && slices.Contains(r.Components, p.GetKind()) && !slices.Contains(r.Components, name) {
+			r.Components = append(r.Components, name)
+		}
+	}
+	return nil
 }
 
 // newest gives the newest n entries, oldest first, and whether there are more.

@@ -140,6 +140,13 @@ func TestLogs(t *testing.T) {
 	if got := asked[len(asked)-1]; !proto.Equal(got, want) {
 		t.Errorf("asked\n%v\nwant\n%v", got, want)
 	}
+	t.Run("a component named by its kind", func(t *testing.T) {
+		f.answer("Plugins.List", &apiv1.ListPluginsResponse{Plugins: []*apiv1.Plugin{{Kind: "vmm", Name: "vmm-qemu"}, {Kind: "net", Name: "net-tap"}, {Kind: "log"}}})
+		f.run(t, "", "logs", "--component", "vmm,log,core").ok(t)
+		if got := strings.Join(asked[len(asked)-1].GetComponents(), " "); got != "vmm log core vmm-qemu" {
+			t.Errorf("asked for components %q", got)
+		}
+	})
 	t.Run("verify finds a break", func(t *testing.T) {
 		f.answer("Logs.Verify", &apiv1.VerifyLogsResponse{Checked: 7, Breaks: []*apiv1.VerifyBreak{{EntryId: "3", Time: ago(0), What: "changed", Detail: "hash"}}})
 		if r := f.run(t, "", "logs", "verify"); r.code != exitCorrupt || !strings.Contains(r.out, "changed: hash") {
