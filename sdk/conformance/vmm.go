@@ -31,6 +31,7 @@ var vmmChecks = []check{
 	{"vm outlives its plugin", checkOutlives},
 	{"console", checkConsole},
 	{"vm starts once", checkStartsOnce},
+	{"memory snapshots", checkMemorySnapshots},
 }
 
 func (c *C) spec(name string) vmm.Spec {
