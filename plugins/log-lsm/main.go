@@ -26,6 +26,6 @@ func main() {
 			opt.Log, opt.Now = env.Log, time.Now
 			return logsvc.Open(opt)
 		},
-		Workers: map[string]func(args []string) int{"check": logsvc.Check},
+		Workers: logsvc.Workers(),
 	})
 }

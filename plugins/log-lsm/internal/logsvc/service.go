@@ -3,9 +3,7 @@ package logsvc
 
 import (
 	"context"
-	"fmt"
 	"io"
-	"os"
 	"sync"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
@@ -154,55 +152,4 @@ func (s *Service) Restore(ctx context.Context, r io.Reader) error {
 	s.store = st
 	s.mu.Unlock()
 	return nil
-}
-
-// Check is the worker "check": it compares all indexes with the entries, of a store that nobody has open.
-func Check(args []string) int {
-	dir := ""
-	switch {
-	case len(args) == 2 && args[0] == "--data-dir":
-		dir = args[1]
-	case len(args) == 1 && len(args[0]) > 11 && args[0][:11] == "--data-dir=":
-		dir = args[0][11:]
-	default:
-		fmt.Fprintln(os.Stderr, "usage: mvirt-log check --data-dir DIR\nReads a log store that no plugin has open and compares all indexes with the entries.\nExit code 0: sound; 1: damaged; 2: could not be read.")
-		return 2
-	}
-	return check(os.Stdout, os.Stderr, engine.Options{Dir: dir, ReadOnly: true})
-}
-
-func check(out, errOut io.Writer, opt engine.Options) int {
-	st, err := engine.Open(opt)
-	if err != nil {
-		fmt.Fprintf(errOut, "error: %v\n", err)
-		if r := errs.RemedyOf(err); r != "" {
-			fmt.Fprintf(errOut, "remedy: %s\n", r)
-		}
-		return 2
-	}
-	ctx := context.Background()
-	defer st.Close(ctx)
-	rep, err := st.Check(ctx)
-	if err != nil {
-		fmt.Fprintf(errOut, "error: %v\n", err)
-		return 2
-	}
-	chain, err := st.Verify(ctx, log.VerifyRequest{})
-	if err != nil {
-		rep.Problems = append(rep.Problems, fmt.Sprintf("audit chain: %v", err))
-	}
-	for _, b := range chain.Breaks {
-		rep.Problems = append(rep.Problems, fmt.Sprintf("audit chain: %s %s %s: %s", b.What, b.Time.Format("2006-01-02T15:04:05.000Z07:00"), b.EntryID, b.Detail))
-	}
-	for _, c := range st.Conditions() {
-		rep.Problems = append(rep.Problems, c.Code+": "+c.Text)
-	}
-	for _, p := range rep.Problems {
-		fmt.Fprintln(out, p)
-	}
-	fmt.Fprintf(out, "%d entries, %d segments, %d audit entries in the chain, %d problems\n", rep.Entries, rep.Segments, chain.Checked, len(rep.Problems))
-	if len(rep.Problems) > 0 {
-		return 1
-	}
-	return 0
 }

@@ -125,3 +125,39 @@ func TestFlags(t *testing.T) {
 		t.Fatalf("%+v, %v", o.Retention, err)
 	}
 }
+
+// TestOffline makes a backup of a store that is not open, and puts it into another directory.
+func TestOffline(t *testing.T) {
+	a, from := open(t)
+	put(t, a, 50)
+	var file, out, errOut bytes.Buffer
+	if code := backup(from, &file, &errOut); code != 2 || !strings.Contains(errOut.String(), "open") {
+		t.Fatalf("backup of an open store: %d, %s", code, errOut.String())
+	}
+	if err := a.Shutdown(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	file.Reset()
+	if code := backup(from, &file, &errOut); code != 0 {
+		t.Fatal(errOut.String())
+	}
+	to := t.TempDir()
+	if code := restore(to, bytes.NewReader(file.Bytes()[:file.Len()-5000]), &out, &errOut); code != 2 {
+		t.Fatalf("a backup that is cut off: %d, %s", code, out.String())
+	}
+	if code := restore(to, bytes.NewReader(file.Bytes()), &out, &errOut); code != 0 || !strings.HasPrefix(out.String(), "50 entries") {
+		t.Fatalf("%d, %s%s", code, out.String(), errOut.String())
+	}
+	errOut.Reset()
+	if code := restore(to, bytes.NewReader(file.Bytes()), &out, &errOut); code != 2 || !strings.Contains(errOut.String(), "remedy: ") {
+		t.Fatalf("onto entries: %d, %s", code, errOut.String())
+	}
+	if code := backup(to+"/absent", &file, &errOut); code != 2 {
+		t.Fatal("backup of a store that is not there")
+	}
+	for _, args := range [][]string{nil, {"--data-dir"}, {"--data-dir="}, {"x"}, {"a", "b", "c"}} {
+		if code := onStore(args, &errOut, "check", func(string) int { t.Error("called"); return 0 }); code != 2 {
+			t.Errorf("%q: %d", args, code)
+		}
+	}
+}
