@@ -167,6 +167,7 @@ type NIC struct {
 	CreatedAt      time.Time
 	State          State
 	StateReason    string
+	LinkDown       bool   // told to be unplugged, see UpdateNICRequest
 	VMID           string // attached to, or ""
 	AttachMode     AttachMode
 	Counters       Counters
@@ -253,6 +254,10 @@ type UpdateNICRequest struct {
 	RoutedPrefixes    []netip.Prefix
 	SetSecurityGroups bool
 	SecurityGroups    []string
+	// SetLink replaces whether the link is down, as if a cable were pulled: nothing passes either way, and
+	// guests are told where the attach mode can (VIRTIO_NET_F_STATUS).
+	SetLink  bool
+	LinkDown bool
 }
 
 // IPv6er marks the optional feature FeatureNetIPv6.

@@ -177,6 +177,7 @@ func netNICToPB(e *Enc, v *net.NIC) *pb.NIC {
 	m.CreatedAt = timeToPB(v.CreatedAt)
 	m.State = pb.State(v.State)
 	m.StateReason = utf8(string(v.StateReason))
+	m.LinkDown = v.LinkDown
 	m.VmId = utf8(string(v.VMID))
 	m.AttachMode = pb.AttachMode(v.AttachMode)
 	m.Counters = netCountersToPB(e, &v.Counters)
@@ -203,6 +204,7 @@ func netNICFromPB(d *Dec, m *pb.NIC) (v net.NIC) {
 	v.CreatedAt = timeFromPB(d, "created_at", m.CreatedAt)
 	v.State = net.State(m.State)
 	v.StateReason = m.StateReason
+	v.LinkDown = m.LinkDown
 	v.VMID = m.VmId
 	v.AttachMode = net.AttachMode(m.AttachMode)
 	v.Counters = netCountersFromPB(d, m.Counters)
@@ -369,6 +371,8 @@ func netUpdateNICRequestToPB(e *Enc, v *net.UpdateNICRequest) *pb.UpdateNICReque
 	}
 	m.SetSecurityGroups = v.SetSecurityGroups
 	m.SecurityGroups = utf8s(v.SecurityGroups)
+	m.SetLink = v.SetLink
+	m.LinkDown = v.LinkDown
 	return m
 }
 
@@ -384,6 +388,8 @@ func netUpdateNICRequestFromPB(d *Dec, m *pb.UpdateNICRequest) (v net.UpdateNICR
 	}
 	v.SetSecurityGroups = m.SetSecurityGroups
 	v.SecurityGroups = m.SecurityGroups
+	v.SetLink = m.SetLink
+	v.LinkDown = m.LinkDown
 	return v
 }
 

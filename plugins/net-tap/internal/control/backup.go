@@ -30,6 +30,7 @@ type content struct {
 	Groups   []net.CreateSecurityGroupRequest
 	Networks []net.CreateNetworkRequest
 	NICs     []net.CreateNICRequest
+	Down     []string `json:",omitempty"` // ids of NICs whose link is down
 }
 
 var _ net.Backuper = (*Service)(nil)
@@ -47,6 +48,9 @@ func (s *Service) Backup(_ context.Context, w io.Writer) error {
 		}
 	}
 	for _, n := range s.data.NICs {
+		if n.LinkDown {
+			c.Down = append(c.Down, n.ID)
+		}
 		c.NICs = append(c.NICs, net.CreateNICRequest{ID: n.ID, Name: n.Name, NetworkID: n.NetworkID, MAC: n.MAC, IPv4: n.IPv4, IPv6: n.IPv6,
 			RoutedPrefixes: n.Routed, SecurityGroups: n.Groups, HostName: n.HostName, Labels: n.Labels})
 	}
@@ -58,6 +62,7 @@ func (s *Service) Backup(_ context.Context, w io.Writer) error {
 	}
 	slices.SortFunc(c.Groups, func(a, b net.CreateSecurityGroupRequest) int { return strings.Compare(a.ID, b.ID) })
 	slices.SortFunc(c.Networks, func(a, b net.CreateNetworkRequest) int { return strings.Compare(a.ID, b.ID) })
+	slices.Sort(c.Down)
 	slices.SortFunc(c.NICs, func(a, b net.CreateNICRequest) int { return strings.Compare(a.ID, b.ID) })
 	body, err := json.Marshal(c)
 	if err != nil {
@@ -174,6 +179,11 @@ func (s *Service) Restore(ctx context.Context, r io.Reader) (err error) {
 		if err := step("NIC", n.Name,
 			func() error { _, err := s.CreateNIC(bg, n); return err },
 			func() error { return s.DeleteNIC(bg, net.Ref{Ref: n.ID}) }); err != nil {
+			return err
+		}
+	}
+	for _, id := range c.Down {
+		if _, err := s.UpdateNIC(bg, net.UpdateNICRequest{Ref: id, SetLink: true, LinkDown: true}); err != nil {
 			return err
 		}
 	}

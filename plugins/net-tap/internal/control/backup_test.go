@@ -37,6 +37,10 @@ func TestBackupAndRestore(t *testing.T) {
 	if _, err := r.UpdateNetwork(ctx, net.UpdateNetworkRequest{Ref: "lan", SetDNS: true, DNS: []netip.Addr{netip.MustParseAddr("192.0.2.53")}}); err != nil {
 		t.Fatal(err)
 	}
+	other := r.nic("lan")
+	if n, err := r.UpdateNIC(ctx, net.UpdateNICRequest{Ref: other.ID, SetLink: true, LinkDown: true}); err != nil || !n.LinkDown {
+		t.Fatal(n, err)
+	}
 	att, err := r.Attach(ctx, net.AttachRequest{NICID: nic.ID, Owner: service.Owner{VMID: "v"}, Modes: []net.AttachMode{net.AttachTAPFD}})
 	if err != nil {
 		t.Fatal(err)
@@ -75,6 +79,7 @@ func TestBackupAndRestore(t *testing.T) {
 		for _, f := range []func() error{
 			func() error { return r.Detach(ctx, net.DetachRequest{NICID: nic.ID, VMID: "v"}) },
 			func() error { return r.DeleteNIC(ctx, net.Ref{Ref: nic.ID}) },
+			func() error { return r.DeleteNIC(ctx, net.Ref{Ref: other.ID}) },
 			func() error { return r.DeleteNetwork(ctx, net.Ref{Ref: "lan"}) },
 			func() error {
 				_, err := r.SetSecurityGroupRules(ctx, net.SetSecurityGroupRulesRequest{Ref: b})

@@ -116,7 +116,7 @@ func resNIC(n *nicRec) errs.Resource { return errs.Resource{Type: "nic", ID: n.I
 // engineNIC is what the worker is told about a NIC.
 func engineNIC(n *nicRec) *engine.NICConfig {
 	m, _ := wire.ParseMAC(n.MAC)
-	return &engine.NICConfig{ID: n.ID, MAC: m, IPv4: n.IPv4, IPv6: n.IPv6, Routed: n.Routed, HostName: n.HostName, Groups: n.Groups}
+	return &engine.NICConfig{ID: n.ID, MAC: m, IPv4: n.IPv4, IPv6: n.IPv6, Routed: n.Routed, HostName: n.HostName, Groups: n.Groups, Down: n.LinkDown}
 }
 
 // GetNIC implements net.Service.
@@ -186,7 +186,7 @@ func (s *Service) ListNICs(_ context.Context, req net.ListNICsRequest) ([]net.NI
 func (s *Service) viewNICLocked(rec *nicRec) net.NIC {
 	nic := net.NIC{ID: rec.ID, Name: rec.Name, NetworkID: rec.NetworkID, MAC: rec.MAC, IPv4: rec.IPv4, IPv6: rec.IPv6,
 		RoutedPrefixes: slices.Clone(rec.Routed), SecurityGroups: slices.Clone(rec.Groups), HostName: rec.HostName,
-		Labels: cloneMap(rec.Labels), CreatedAt: rec.CreatedAt, State: net.StateCreated}
+		Labels: cloneMap(rec.Labels), CreatedAt: rec.CreatedAt, State: net.StateCreated, LinkDown: rec.LinkDown}
 	if n := s.data.Networks[rec.NetworkID]; n != nil {
 		nic.NetworkName = n.Request.Name
 	}

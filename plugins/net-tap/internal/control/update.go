@@ -146,6 +146,9 @@ func (s *Service) updateNIC(id string, req *net.UpdateNICRequest) (*nicRec, erro
 		}
 		next.Groups = groups
 	}
+	if req.SetLink {
+		next.LinkDown = req.LinkDown
+	}
 	err := s.commitLocked(func() { s.data.NICs[id] = &next }, store.PutNIC(&next))
 	return &next, err
 }

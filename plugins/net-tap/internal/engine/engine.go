@@ -193,6 +193,7 @@ type NICConfig struct {
 	Routed   []netip.Prefix
 	HostName string
 	Groups   []string // ids of security groups
+	Down     bool     // the link is down: nothing passes
 }
 
 // Counters count packets and bytes; Rx is what the guest received.

@@ -151,6 +151,9 @@ func (r *Router) SetNIC(c NICConfig) {
 		r.nics[c.ID] = nic
 	}
 	moved := !sameAddrs(&nic.cfg, &c)
+	if nic.cfg.Down && !c.Down {
+		nic.nextRA, nic.sentRA = 0, 0 // its guest is told what it must know, as with a new driver
+	}
 	nic.cfg = c
 	r.configure(nic)
 	r.compile(nic)
@@ -346,7 +349,7 @@ func (r *Router) NIC(id string) *NIC { return r.nics[id] }
 func (r *Router) fromNIC(nic *NIC, p *Packet) {
 	nic.TxPackets++
 	nic.TxBytes += uint64(p.Len)
-	if len(p.Head) < wire.EthLen {
+	if len(p.Head) < wire.EthLen || nic.cfg.Down {
 		nic.TxDropped++
 		return
 	}
@@ -374,6 +377,9 @@ func (r *Router) fromNIC(nic *NIC, p *Packet) {
 		nic.TxDropped++
 	}
 }
+
+// Down says whether the link was taken down.
+func (nic *NIC) Down() bool { return nic.cfg.Down }
 
 // linkOnly says whether a packet is what only a link's own servers, routers and neighbours say to each other:
 // sent to a neighbour's address it would be routed there, and is not.
@@ -410,7 +416,7 @@ func (r *Router) fromUplink(p *Packet) {
 
 // send queues p for e; it leaves with the next flush.
 func (r *Router) send(e *endpoint, p *Packet) {
-	if e.port == nil {
+	if e.port == nil || e.nic != nil && e.nic.cfg.Down {
 		e.RxDropped++
 		return
 	}

@@ -54,6 +54,7 @@ type NIC struct {
 	Labels    map[string]string
 	Created   net.CreateNICRequest
 	CreatedAt time.Time
+	LinkDown  bool    `json:",omitempty"`
 	IfName    string  // its TAP's name, unique on the host
 	Attach    *Attach `json:",omitempty"`
 }

@@ -21,6 +21,7 @@ const (
 	getQueueNum         = 17
 	setVringEnable      = 18
 	netSetMTU           = 20
+	setBackendFD        = 21
 	getConfig           = 24
 	setConfig           = 25
 	getInflight         = 31
@@ -38,12 +39,13 @@ const (
 	protoMQ        = 1 << 0
 	protoReplyAck  = 1 << 3
 	protoMTU       = 1 << 4
+	protoBackend   = 1 << 5
 	protoConfig    = 1 << 9
 	protoInflight  = 1 << 12
 	protoReset     = 1 << 13
 	protoMemSlots  = 1 << 15
 	protoStatus    = 1 << 16
-	protoAll       = protoMQ | protoReplyAck | protoMTU | protoConfig | protoInflight | protoReset | protoMemSlots | protoStatus
+	protoAll       = protoMQ | protoReplyAck | protoMTU | protoBackend | protoConfig | protoInflight | protoReset | protoMemSlots | protoStatus
 	noFD           = 1 << 8 // in SET_VRING_KICK, CALL and ERR: there is no descriptor
 	flagVersion    = 1
 	flagReply      = 1 << 2
@@ -81,4 +83,6 @@ const (
 	fAll        = fCsum | fGuestCsum | fMTU | fMAC | fGuestTSO4 | fGuestTSO6 | fGuestECN | fHostTSO4 | fHostTSO6 | fHostECN | fMrgRxbuf | fStatus | fMQ | fAnyLayout | fIndirect | fEventIdx | fProtocol | fVersion1
 	statusUp    = 1
 	statusReset = 0
+
+	configChanged = 2 // what a back-end says on its own channel: read the configuration again
 )

@@ -52,6 +52,8 @@ type Port struct {
 
 	listen   int
 	conn     int
+	backend  int // the channel for what we say unasked, or -1
+	linkDown bool
 	msg      message
 	features uint64
 	proto    uint64
@@ -74,7 +76,7 @@ type Port struct {
 
 // New makes a port that listens on a socket, which it takes over.
 func New(listen int, cfg Config, h Host) (*Port, error) {
-	p := &Port{cfg: cfg, pairs: max(cfg.Pairs, 1), host: h, listen: listen, conn: -1}
+	p := &Port{cfg: cfg, pairs: max(cfg.Pairs, 1), host: h, listen: listen, conn: -1, backend: -1}
 	p.rings = make([]ring, 2*p.pairs)
 	p.clear()
 	if err := unix.SetNonblock(listen, true); err != nil {
@@ -89,6 +91,29 @@ func (p *Port) Close() {
 	p.host.Unwatch(p.listen)
 	unix.Close(p.listen)
 	p.backlog.free()
+}
+
+// SetLink says whether the link is up, and has the front-end read it anew if it gave a channel for that; it
+// tells the guest. A front-end without one learns it when it next looks.
+func (p *Port) SetLink(up bool) {
+	if p.linkDown == !up {
+		return
+	}
+	p.linkDown = !up
+	if p.backend < 0 || p.proto&(protoBackend|protoConfig) != protoBackend|protoConfig {
+		return
+	}
+	var b [headerLen]byte
+	b[0], b[4] = configChanged, flagVersion
+	// Nobody waits for a front-end that does not read: it is told again with the next change.
+	_ = unix.Sendto(p.backend, b[:], unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, nil)
+}
+
+func (p *Port) closeBackend() {
+	if p.backend >= 0 {
+		unix.Close(p.backend)
+		p.backend = -1
+	}
 }
 
 // Up says whether a guest's driver is at the other end.
@@ -218,6 +243,7 @@ func (p *Port) disconnect(why string) {
 	_ = unix.Shutdown(p.conn, unix.SHUT_RDWR)
 	unix.Close(p.conn)
 	p.conn = -1
+	p.closeBackend()
 	p.msg.reset()
 	p.mem.clear()
 	p.clear()

@@ -201,6 +201,13 @@ func (p *Port) do(req uint32, m *message) (reply []byte, fds []int, err error) {
 	case netSetMTU:
 		_, err := m.u64() // the guest hears it from the front-end
 		return nil, nil, err
+	case setBackendFD:
+		p.closeBackend()
+		p.backend = m.takeFD(0)
+		if p.backend < 0 {
+			return nil, nil, errors.New("a back-end channel without its descriptor")
+		}
+		return nil, nil, nil
 	case getConfig:
 		return p.getConfig(m)
 	case setConfig:
@@ -386,7 +393,9 @@ func (p *Port) getConfig(m *message) (reply []byte, fds []int, err error) {
 	}
 	var cfg [configMax]byte
 	copy(cfg[:], p.cfg.MAC[:])
-	binary.LittleEndian.PutUint16(cfg[6:], statusUp)
+	if !p.linkDown {
+		binary.LittleEndian.PutUint16(cfg[6:], statusUp)
+	}
 	binary.LittleEndian.PutUint16(cfg[8:], uint16(p.pairs))
 	binary.LittleEndian.PutUint16(cfg[10:], uint16(p.cfg.MTU))
 	binary.LittleEndian.PutUint32(cfg[12:], 0xffffffff) // speed unknown

@@ -9,11 +9,12 @@ import (
 
 // Session is a connection with its front-end, as another worker can go on with it: the front-end notices
 // nothing, as the connection itself is among the descriptors that go with it. Those are, in order, the
-// connection, a file for each region, and for each ring its kick, call and error descriptors as far as it has
+// connection, its back-end channel if it has one, a file for each region, and for each ring its kick, call and error descriptors as far as it has
 // them.
 type Session struct {
 	Features, Proto, Status uint64
 	Inflight                bool
+	Backend                 bool // the channel for what we say unasked goes with it, behind the connection
 	Regions                 []Region
 	Rings                   []Ring
 }
@@ -37,6 +38,9 @@ func (p *Port) Session() (*Session, []int) {
 	}
 	s := &Session{Features: p.features, Proto: p.proto, Status: p.status, Inflight: p.inflight}
 	fds := []int{p.conn}
+	if s.Backend = p.backend >= 0; s.Backend {
+		fds = append(fds, p.backend)
+	}
 	for i := range p.mem.regions {
 		r := &p.mem.regions[i]
 		s.Regions = append(s.Regions, Region{r.gpa, uint64(len(r.mem)), r.user, uint64(len(r.full) - len(r.mem))})
@@ -84,6 +88,11 @@ func (p *Port) Resume(s *Session, fds []int) (err error) {
 	}
 	if err = p.host.Watch(p.conn); err != nil {
 		return err
+	}
+	if s.Backend {
+		if p.backend = take(); err != nil {
+			return err
+		}
 	}
 	if len(s.Rings) != len(p.rings) || s.Features&^p.offered() != 0 {
 		return fmt.Errorf("a session with %d rings and features %#x", len(s.Rings), s.Features)

@@ -321,6 +321,7 @@ func (l *loop) attachVhost(id string, listen int, cfg vhost.Config) error {
 		return err
 	}
 	s.vhost = p
+	p.SetLink(!nic.Down())
 	delete(l.trouble, id)
 	if old, _ := l.router.SetPort(id, p); old != nil {
 		l.forget(old)
@@ -390,6 +391,14 @@ func (l *loop) attach(id string, p kernelPort) error {
 		l.forget(old)
 	}
 	return nil
+}
+
+// setNIC adds or changes a NIC, and tells its guest whether the link is up.
+func (l *loop) setNIC(c engine.NICConfig) {
+	l.router.SetNIC(c)
+	if p, ok := l.router.Port(c.ID).(*vhost.Port); ok {
+		p.SetLink(!c.Down)
+	}
 }
 
 // setLeg gives a NIC its port on the bridge.

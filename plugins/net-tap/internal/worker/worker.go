@@ -196,7 +196,7 @@ func (s *server) handle(req *wctl.Request, fds []int, rep *wctl.Reply) (give []i
 		if req.NIC == nil {
 			return nil, fmt.Errorf("no NIC in the request")
 		}
-		s.loop.do(func() { s.loop.router.SetNIC(*req.NIC) })
+		s.loop.do(func() { s.loop.setNIC(*req.NIC) })
 	case wctl.OpDeleteNIC:
 		s.loop.do(func() {
 			s.loop.detach(req.ID)

@@ -757,6 +757,7 @@ type NIC struct {
 	VmId           string                 `protobuf:"bytes,15,opt,name=vm_id,json=vmId,proto3" json:"vm_id,omitempty"` // attached to, or ""
 	AttachMode     AttachMode             `protobuf:"varint,16,opt,name=attach_mode,json=attachMode,proto3,enum=mvirt.net.v1.AttachMode" json:"attach_mode,omitempty"`
 	Counters       *Counters              `protobuf:"bytes,17,opt,name=counters,proto3" json:"counters,omitempty"`
+	LinkDown       bool                   `protobuf:"varint,18,opt,name=link_down,json=linkDown,proto3" json:"link_down,omitempty"` // told to be unplugged, see UpdateNICRequest
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -908,6 +909,13 @@ func (x *NIC) GetCounters() *Counters {
 		return x.Counters
 	}
 	return nil
+}
+
+func (x *NIC) GetLinkDown() bool {
+	if x != nil {
+		return x.LinkDown
+	}
+	return false
 }
 
 // Counters of a NIC, seen from the guest: Rx is what it received. They start at zero with the attachment.
@@ -1405,8 +1413,12 @@ type UpdateNICRequest struct {
 	RoutedPrefixes    []string               `protobuf:"bytes,4,rep,name=routed_prefixes,json=routedPrefixes,proto3" json:"routed_prefixes,omitempty"`
 	SetSecurityGroups bool                   `protobuf:"varint,5,opt,name=set_security_groups,json=setSecurityGroups,proto3" json:"set_security_groups,omitempty"`
 	SecurityGroups    []string               `protobuf:"bytes,6,rep,name=security_groups,json=securityGroups,proto3" json:"security_groups,omitempty"`
-	unknownFields     protoimpl.UnknownFields
-	sizeCache         protoimpl.SizeCache
+	// SetLink replaces whether the link is down, as if a cable were pulled: nothing passes either way, and
+	// guests are told where the attach mode can (VIRTIO_NET_F_STATUS).
+	SetLink       bool `protobuf:"varint,7,opt,name=set_link,json=setLink,proto3" json:"set_link,omitempty"`
+	LinkDown      bool `protobuf:"varint,8,opt,name=link_down,json=linkDown,proto3" json:"link_down,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *UpdateNICRequest) Reset() {
@@ -1479,6 +1491,20 @@ func (x *UpdateNICRequest) GetSecurityGroups() []string {
 		return x.SecurityGroups
 	}
 	return nil
+}
+
+func (x *UpdateNICRequest) GetSetLink() bool {
+	if x != nil {
+		return x.SetLink
+	}
+	return false
+}
+
+func (x *UpdateNICRequest) GetLinkDown() bool {
+	if x != nil {
+		return x.LinkDown
+	}
+	return false
 }
 
 // CreateSecurityGroupRequest asks for a group.
@@ -1972,7 +1998,7 @@ const file_mvirt_net_v1_net_proto_rawDesc = "" +
 	" \x03(\v2*.mvirt.net.v1.CreateNICRequest.LabelsEntryR\x06labels\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x93\x05\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xb0\x05\n" +
 	"\x03NIC\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1d\n" +
@@ -1994,7 +2020,8 @@ const file_mvirt_net_v1_net_proto_rawDesc = "" +
 	"\x05vm_id\x18\x0f \x01(\tR\x04vmId\x129\n" +
 	"\vattach_mode\x18\x10 \x01(\x0e2\x18.mvirt.net.v1.AttachModeR\n" +
 	"attachMode\x122\n" +
-	"\bcounters\x18\x11 \x01(\v2\x16.mvirt.net.v1.CountersR\bcounters\x1a9\n" +
+	"\bcounters\x18\x11 \x01(\v2\x16.mvirt.net.v1.CountersR\bcounters\x12\x1b\n" +
+	"\tlink_down\x18\x12 \x01(\bR\blinkDown\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xdb\x01\n" +
@@ -2047,14 +2074,16 @@ const file_mvirt_net_v1_net_proto_rawDesc = "" +
 	"\bset_host\x18\n" +
 	" \x01(\bR\asetHost\x12\x1f\n" +
 	"\vhost_access\x18\v \x01(\bR\n" +
-	"hostAccess\"\xea\x01\n" +
+	"hostAccess\"\xa2\x02\n" +
 	"\x10UpdateNICRequest\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12.\n" +
 	"\x13set_routed_prefixes\x18\x03 \x01(\bR\x11setRoutedPrefixes\x12'\n" +
 	"\x0frouted_prefixes\x18\x04 \x03(\tR\x0eroutedPrefixes\x12.\n" +
 	"\x13set_security_groups\x18\x05 \x01(\bR\x11setSecurityGroups\x12'\n" +
-	"\x0fsecurity_groups\x18\x06 \x03(\tR\x0esecurityGroups\"\xf3\x01\n" +
+	"\x0fsecurity_groups\x18\x06 \x03(\tR\x0esecurityGroups\x12\x19\n" +
+	"\bset_link\x18\a \x01(\bR\asetLink\x12\x1b\n" +
+	"\tlink_down\x18\b \x01(\bR\blinkDown\"\xf3\x01\n" +
 	"\x1aCreateSecurityGroupRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12(\n" +
