@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -192,6 +193,8 @@ func (p *appendPipe) send(rpc logpb.LogClient) {
 	defer idle.Stop()
 	var buf []byte
 	for {
+		// Who has just been answered may be about to send again: he goes first, into the same message.
+		runtime.Gosched()
 		calls := p.take()
 		if calls == nil {
 			select {
@@ -249,7 +252,6 @@ func (p *appendPipe) receive(stream grpc.BidiStreamingClient[logpb.AppendRequest
 			p.fail(status.Error(codes.Internal, "the log plugin answered what it was not asked"))
 			return
 		}
-		p.ring()
 		err = answerError(m)
 		if err != nil && len(calls) > 1 && errors.Is(grpcerr.FromStatus(err), errs.Invalid) {
 			err = errAlone // one of them is wrong, the others must not suffer for it
@@ -257,6 +259,7 @@ func (p *appendPipe) receive(stream grpc.BidiStreamingClient[logpb.AppendRequest
 		for _, c := range calls {
 			c.done <- err
 		}
+		p.ring()
 	}
 }
 
