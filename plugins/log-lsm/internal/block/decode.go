@@ -47,6 +47,7 @@ type Reader struct {
 	compNums []uint32
 	comps    []*Shape
 	tail     []byte // from the variable parts on, read when first needed
+	resolved bool   // shapes and comps are
 	ready    bool
 	cols     []bits.Column
 	colAt    []int    // first column of each shape of the block
@@ -75,7 +76,7 @@ func (r *Reader) Close() { r.zdec.Close() }
 
 // Open begins reading a block whose first row has the number firstRow in its segment.
 func (r *Reader) Open(b []byte, firstRow int) error {
-	r.n, r.ready, r.unpacked = 0, false, false
+	r.n, r.resolved, r.ready, r.unpacked = 0, false, false, false
 	if len(b) < 8 {
 		return ErrBad
 	}
@@ -245,17 +246,29 @@ func (r *Reader) ObjectNum(i, k int) uint32 {
 	return uint32(r.objs.At(int(r.objAt[i]) + k))
 }
 
+// resolveAll finds the shapes and components of the block.
+func (r *Reader) resolveAll() error {
+	if r.resolved {
+		return nil
+	}
+	var err error
+	if r.shapes, err = r.resolve(r.shapes[:0], r.nums); err != nil {
+		return err
+	}
+	if r.comps, err = r.resolve(r.comps[:0], r.compNums); err != nil {
+		return err
+	}
+	r.resolved = true
+	return nil
+}
+
 // prepare reads shapes and the columns of variable parts.
 func (r *Reader) prepare() error {
 	if r.ready {
 		return nil
 	}
 	r.cols, r.colAt, r.rank = r.cols[:0], r.colAt[:0], r.rank[:0]
-	var err error
-	if r.shapes, err = r.resolve(r.shapes[:0], r.nums); err != nil {
-		return err
-	}
-	if r.comps, err = r.resolve(r.comps[:0], r.compNums); err != nil {
+	if err := r.resolveAll(); err != nil {
 		return err
 	}
 	var small [16]uint16
@@ -328,14 +341,17 @@ func (r *Reader) resolve(dst []*Shape, nums []uint32) ([]*Shape, error) {
 	return dst, nil
 }
 
+// Prepare reads what ShapeIndex and ComponentIndex need, and checks it. Shapes and Components alone need less.
+func (r *Reader) Prepare() error { return r.prepare() }
+
 // Components are the distinct components of the block, nil for rows stored whole; ComponentIndex refers to
 // them.
 func (r *Reader) Components() ([]*Shape, error) {
-	err := r.prepare()
+	err := r.resolveAll()
 	return r.comps, err
 }
 
-// ComponentIndex is a row's index into Components, which must have been called for the block.
+// ComponentIndex is a row's index into Components; Prepare must have been called for the block.
 func (r *Reader) ComponentIndex(i int) int { return int(r.comp.At(i)) }
 
 // Hash is a row's hash of the audit chain, or nil.
@@ -356,11 +372,11 @@ func (r *Reader) Shape(i int) (*Shape, error) {
 
 // Shapes are the distinct shapes of the block; ShapeIndex refers to them. nil stands for rows stored whole.
 func (r *Reader) Shapes() ([]*Shape, error) {
-	err := r.prepare()
+	err := r.resolveAll()
 	return r.shapes, err
 }
 
-// ShapeIndex is a row's index into Shapes, which must have been called for the block.
+// ShapeIndex is a row's index into Shapes; Prepare must have been called for the block.
 func (r *Reader) ShapeIndex(i int) int { return int(r.index.At(i)) }
 
 func (r *Reader) stringAt(col *bits.Column, rank int) ([]byte, error) {

@@ -73,6 +73,9 @@ func (m *matcher) decide(b *block.Reader, d *decision) (some bool, err error) {
 		d.shapes = append(d.shapes, x)
 	}
 	comps, err := b.Components()
+	if err != nil {
+		return false, err
+	}
 	anyComp := false
 	for _, c := range comps {
 		x := int8(0)
@@ -85,7 +88,10 @@ func (m *matcher) decide(b *block.Reader, d *decision) (some bool, err error) {
 		anyComp = anyComp || x >= 0
 		d.comps = append(d.comps, x)
 	}
-	return some && anyComp, err
+	if !some || !anyComp {
+		return false, nil
+	}
+	return true, b.Prepare()
 }
 
 func (m *matcher) shape(s *block.Shape) int8 {
