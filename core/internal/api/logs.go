@@ -154,7 +154,7 @@ func (a *logsAPI) Stats(ctx context.Context, _ *apiv1.LogStatsRequest) (*apiv1.L
 		return nil, err
 	}
 	return &apiv1.LogStats{Entries: st.Entries, Objects: st.Objects, DiskBytes: st.DiskBytes, Oldest: convert.Time(st.Oldest), Newest: convert.Time(st.Newest),
-		ByLevel: st.ByLevel, Dropped: st.Dropped, MemoryBytes: st.MemoryBytes, Spooled: a.audit.Spooled()}, nil
+		ByLevel: st.ByLevel, Dropped: st.Dropped + a.audit.Dropped(), MemoryBytes: st.MemoryBytes, Spooled: a.audit.Spooled()}, nil
 }
 
 func (a *logsAPI) Verify(ctx context.Context, req *apiv1.VerifyLogsRequest) (*apiv1.VerifyLogsResponse, error) {

@@ -138,10 +138,18 @@ func (r *Recorder) Note(e log.Entry) {
 	if e.ID == "" {
 		e.ID = ident.New()
 	}
-	if e.Time.IsZero() {
+	// A line's time is what its sender wrote: one that no store can keep is no reason to lose the line.
+	if y := e.Time.UTC().Year(); y < 1970 || y > 2200 {
 		e.Time = r.opt.Now()
 	}
 	r.notes.add(trim(e))
+}
+
+// Dropped is how many log lines have been dropped since the start, because they were too many at once.
+func (r *Recorder) Dropped() uint64 {
+	r.notes.mu.Lock()
+	defer r.notes.mu.Unlock()
+	return r.notes.lost
 }
 
 // Kick tells that the log plugin came up.

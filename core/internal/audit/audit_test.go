@@ -406,6 +406,9 @@ func TestNotes(t *testing.T) {
 		r.Note(log.Entry{Level: log.LevelInfo, Component: "loud", Message: fmt.Sprint(i)})
 	}
 	r.Note(log.Entry{Level: log.LevelInfo, Component: "shy", Message: "hello"})
+	if n := r.Dropped(); n != 3000 {
+		t.Errorf("%d dropped", n)
+	}
 	r.Close(t.Context())
 	loud, shy, counted := 0, 0, ""
 	for _, e := range s.got {
@@ -420,6 +423,31 @@ func TestNotes(t *testing.T) {
 	}
 	if loud != noteBurst || shy != 1 || !strings.HasPrefix(counted, "3000 log lines of loud were dropped") {
 		t.Errorf("%d loud, %d shy, %q", loud, shy, counted)
+	}
+}
+
+// TestNotesRefused: a line that the log plugin refuses does not hold up the others, nor does a time that cannot be.
+func TestNotesRefused(t *testing.T) {
+	s := newSink()
+	now := time.Unix(1_700_000_000, 0)
+	r, err := Open(Options{Dir: t.TempDir(), To: refusing{s}, Log: quiet, Now: func() time.Time { return now }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range []string{"a", "poison", "b", "poison", "c"} {
+		r.Note(log.Entry{Level: log.LevelInfo, Component: "x", Message: m, Time: time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC)})
+	}
+	r.Close(t.Context())
+	if got := strings.Join(s.messages(), ""); got != "abc" {
+		t.Errorf("%q arrived", got)
+	}
+	for _, e := range s.got {
+		if !e.Time.Equal(now) {
+			t.Errorf("time %s", e.Time)
+		}
+	}
+	if n := r.Dropped(); n != 2 {
+		t.Errorf("%d dropped", n)
 	}
 }
 

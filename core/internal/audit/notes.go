@@ -2,10 +2,12 @@ package audit
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
 
+	"github.com/mvirt/mvirt/sdk/errs"
 	"github.com/mvirt/mvirt/sdk/ident"
 	"github.com/mvirt/mvirt/sdk/log"
 )
@@ -33,6 +35,7 @@ type notes struct {
 	sources map[string]*bucket
 	idle    chan struct{} // closed when the queue was found empty
 	busy    bool
+	lost    uint64 // lines dropped since the start
 }
 
 type bucket struct {
@@ -75,6 +78,7 @@ func (n *notes) add(e log.Entry) {
 	b.at = now
 	if b.tokens < 1 || len(n.queue) >= noteQueue || n.bytes+size > noteBytes {
 		b.dropped++
+		n.lost++
 		n.mu.Unlock()
 		return
 	}
@@ -140,7 +144,7 @@ func (n *notes) hand(ctx context.Context) bool {
 		return false
 	}
 	hctx, cancel := context.WithTimeout(ctx, deliverWait)
-	err := n.opt.To.Append(hctx, batch)
+	err := n.append(hctx, batch)
 	cancel()
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -154,6 +158,27 @@ func (n *notes) hand(ctx context.Context) bool {
 	n.queue = append([]log.Entry(nil), n.queue[len(batch):]...)
 	n.bytes = max(n.bytes, 0)
 	return true
+}
+
+// append hands lines over. One that the plugin calls invalid is dropped: it would hold up all that come behind it.
+// What went through before an error is sent again, and its ids are known then.
+func (n *notes) append(ctx context.Context, batch []log.Entry) error {
+	err := n.opt.To.Append(ctx, batch)
+	if err == nil || !errors.Is(err, errs.Invalid) {
+		return err
+	}
+	if len(batch) > 1 {
+		half := len(batch) / 2
+		if err := n.append(ctx, batch[:half]); err != nil {
+			return err
+		}
+		return n.append(ctx, batch[half:])
+	}
+	n.opt.Log.Warn("the log plugin refuses a log line for good; it is dropped", "component", batch[0].Component, "error", err)
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.lost++
+	return nil
 }
 
 // flush waits until the queue was empty once, or ctx ends.
