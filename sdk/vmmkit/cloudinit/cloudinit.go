@@ -130,6 +130,10 @@ func Write(path, id string, spec vmm.Spec) error {
 	if err := w.WriteTo(f, "cidata"); err != nil {
 		return err
 	}
+	// A hypervisor under a uid of its own comes in by an entry of the access list, which the group's bits bound.
+	if err := f.Chmod(0o640); err != nil {
+		return err
+	}
 	if err := f.Close(); err != nil {
 		return err
 	}
