@@ -26,8 +26,8 @@ need() {
 	for p in "$@"; do dpkg-query -W -f '${Status}' "$p" 2>/dev/null | grep -q 'ok installed' || missing="$missing $p"; done
 	[ -z "$missing" ] && return
 	say "installing$missing"
-	apt-get update -qq
-	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
+	apt-get update -qq -o Acquire::Retries=3
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq -o Acquire::Retries=3 --no-install-recommends $missing >/dev/null
 }
 
 # The host's own Debian sources, with contrib added, as one-line sources for mmdebstrap.
@@ -59,16 +59,38 @@ prepare_apt() {
 		say "this host's apt has no source for Debian $suite; add one to /etc/apt/sources.list.d"
 		exit 1
 	fi
-	labapt update -qq
+	# Lists that are there serve when the registry does not answer: a lab that is built needs nothing from it.
+	if ! labapt update -qq -o Acquire::Retries=3 >&2; then
+		if [ -z "$(find "$aptdir/lists" -maxdepth 1 -name '*_Packages*' -print -quit)" ]; then
+			say "the package lists of Debian $suite cannot be fetched"
+			exit 1
+		fi
+		say "the package lists cannot be fetched anew; going on with those of $(date -r "$aptdir/lists" +%F)"
+	fi
+}
+
+policy() {
+	apt-cache -o Dir::Etc::SourceList="$aptdir/sources.list" -o Dir::Etc::SourceParts=/dev/null \
+		-o Dir::State::Lists="$aptdir/lists" -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache= policy "$@"
 }
 
 versions() {
-	apt-cache -o Dir::Etc::SourceList="$aptdir/sources.list" -o Dir::Etc::SourceParts=/dev/null \
-		-o Dir::State::Lists="$aptdir/lists" -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache= \
-		policy $keyed | awk '/^[a-z]/ { p = $1 } /Candidate:/ { print p, $2 }'
+	policy $keyed | awk '/^[a-z]/ { p = $1 } /Candidate:/ { print p, $2 }'
 }
 
 key() { { cat "$here/build.sh" "$here"/guest/*; echo "$packages"; versions; } | sha256sum | cut -c1-16; }
+
+# unbuildable ends the build when a package that it needs is not to be had, and says which.
+unbuildable() {
+	local p have missing=""
+	have=$(policy $packages $keyed mmdebstrap | awk '/^[^ ]/ { p = $1 } /Candidate:/ && $2 != "(none)" { print p }')
+	for p in $packages $keyed mmdebstrap; do
+		grep -qxF "$p:" <<<"$have" || missing="$missing $p"
+	done
+	[ -z "$missing" ] && return
+	say "cannot be built: the registry has no$missing for Debian $suite"
+	exit 1
+}
 
 build() {
 	local k dest tmp root kver
@@ -78,6 +100,7 @@ build() {
 		echo "$dest"
 		return
 	fi
+	unbuildable
 	need mmdebstrap e2fsprogs cpio zstd kmod busybox-static binutils
 	tmp=$cache/tmp.$$
 	root=$tmp/root
@@ -86,7 +109,7 @@ build() {
 	say "key $k is not in the cache; building (about 10 minutes on 2 cores)"
 
 	say "1/4 root file system"
-	mmdebstrap --quiet --mode=root --variant=minbase --aptopt='APT::Install-Recommends "false"' \
+	mmdebstrap --quiet --aptopt='Acquire::Retries "3"' --mode=root --variant=minbase --aptopt='APT::Install-Recommends "false"' \
 		--dpkgopt=path-exclude='/usr/share/doc/*' --dpkgopt=path-exclude='/usr/share/man/*' \
 		--dpkgopt=path-exclude='/usr/share/locale/*' --include="$(echo $packages linux-image-cloud-amd64 | tr ' ' ,)" \
 		"$suite" "$root" "$aptdir/sources.list" >"$tmp/debootstrap.log" 2>&1 || { tail -20 "$tmp/debootstrap.log" >&2; exit 1; }

@@ -174,7 +174,7 @@ func TestRealKillRepeat(t *testing.T) {
 	s := open(t, pool, kitOptions())
 	repeatIDs(t, s)
 	shut(t, s)
-	s = open(t, pool, kitOptions())
+	open(t, pool, kitOptions()) // sweeps
 	same(t, datasets(t, pool))
 }
 
