@@ -128,16 +128,16 @@ func (c *chaos) oneFault(ctx context.Context, n int) error {
 		waits[i] = 200*time.Millisecond + time.Duration(c.rand.Int64N(int64(max(c.freeze-200*time.Millisecond, 1))))
 	}
 	var all sync.WaitGroup
-	errList := make([]error, len(list))
+	errList, over := make([]error, len(list)), make([]time.Time, len(list))
 	for i, s := range list {
-		all.Go(func() { errList[i] = c.strike(ctx, s, waits[i]) })
+		all.Go(func() { over[i], errList[i] = c.strike(ctx, s, waits[i]) })
 	}
 	all.Wait()
 	if err := errors.Join(errList...); err != nil {
 		return fmt.Errorf("fault %d (%s): %w", n, strings.Join(words, " + "), err)
 	}
 	// From here on nothing hinders; what counts is until it all answers again.
-	took, err := c.managed(ctx, managedMost)
+	took, err := c.managed(ctx, slices.MaxFunc(over, time.Time.Compare), managedMost)
 	for _, g := range c.vms {
 		if !g.alive() {
 			return fmt.Errorf("guest exit: %s ended after fault %d (%s)", g.name, n, strings.Join(words, " + "))
@@ -161,11 +161,16 @@ func (c *chaos) oneFault(ctx context.Context, n int) error {
 
 func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 
-// strike does one action and returns when it no longer hinders.
-func (c *chaos) strike(ctx context.Context, s strike, wait time.Duration) error {
+// strike does one action and returns when it no longer hinders, and since when that is so.
+func (c *chaos) strike(ctx context.Context, s strike, wait time.Duration) (over time.Time, err error) {
+	defer func() {
+		if over.IsZero() {
+			over = time.Now()
+		}
+	}()
 	switch s.do {
 	case kill:
-		return c.signal(s.at, unix.SIGKILL)
+		return over, c.signal(s.at, unix.SIGKILL)
 	case oom:
 		// Frozen first, so that none of them sees another die.
 		list := c.pids(s.at)
@@ -177,11 +182,11 @@ func (c *chaos) strike(ctx context.Context, s strike, wait time.Duration) error 
 		for _, sig := range []unix.Signal{unix.SIGSTOP, unix.SIGKILL} {
 			for _, pid := range list {
 				if err := unix.Kill(pid, sig); err != nil && !errors.Is(err, unix.ESRCH) {
-					return err
+					return over, err
 				}
 			}
 		}
-		return nil
+		return over, nil
 	case freeze:
 		var held []int
 		for _, pid := range c.pids(s.at) {
@@ -197,41 +202,57 @@ func (c *chaos) strike(ctx context.Context, s strike, wait time.Duration) error 
 		pause(ctx, wait)
 		for _, fd := range held {
 			if err := unix.PidfdSendSignal(fd, unix.SIGCONT, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
-				return err
+				return over, err
 			}
 		}
-		return nil
+		return over, nil
 	case upgrade:
 		if err := c.exchange(s.at, true); err != nil {
-			return err
+			return over, err
 		}
 		if s.at == launcher {
-			return c.signal(s.at, unix.SIGTERM) // as a package's update does
+			return over, c.signal(s.at, unix.SIGTERM) // as a package's update does
 		}
 		// The answer does not matter: the core itself may be a victim.
 		conn, err := c.sys.sys.Dial()
 		if err != nil {
-			return err
+			return over, err
 		}
+		over = time.Now()
 		defer conn.Close()
 		ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 		defer cancel()
 		_, _ = apiv1.NewPluginsClient(conn).Restart(ctx, &apiv1.RestartPluginRequest{Kind: string(s.at)})
-		return nil
+		return over, nil
 	case broken:
 		if err := c.exchange(s.at, false); err != nil {
-			return err
+			return over, err
 		}
 		err := c.signal(s.at, unix.SIGKILL)
 		pause(ctx, wait)
-		return errors.Join(err, c.exchange(s.at, true))
+		return over, errors.Join(err, c.exchange(s.at, true))
 	}
-	return fmt.Errorf("what is %s?", s.do)
+	return over, fmt.Errorf("what is %s?", s.do)
 }
 
 func (c *chaos) signal(v victim, sig unix.Signal) error {
 	for _, pid := range c.pids(v) {
-		if err := unix.Kill(pid, sig); err != nil && !errors.Is(err, unix.ESRCH) {
+		fd, err := unix.PidfdOpen(pid, 0)
+		if err != nil {
+			continue // gone
+		}
+		err = unix.PidfdSendSignal(fd, sig, nil, 0)
+		if err == nil && sig == unix.SIGKILL {
+			// Until it is gone, what it served seems to be managed still.
+			poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+			for {
+				if _, perr := unix.Poll(poll, 5000); !errors.Is(perr, unix.EINTR) {
+					break
+				}
+			}
+		}
+		unix.Close(fd)
+		if err != nil && !errors.Is(err, unix.ESRCH) {
 			return fmt.Errorf("signal to %s: %w", v, err)
 		}
 	}
@@ -268,8 +289,7 @@ type times struct {
 
 // managed waits until the API answers, every plugin is up, both guests are listed as running under their
 // process, each hypervisor answers, and nothing about them is reported as wrong.
-func (c *chaos) managed(ctx context.Context, most time.Duration) (times, error) {
-	begin := time.Now()
+func (c *chaos) managed(ctx context.Context, begin time.Time, most time.Duration) (times, error) {
 	ctx, cancel := context.WithTimeout(ctx, most)
 	defer cancel()
 	conn, err := c.sys.sys.Dial()
@@ -283,6 +303,9 @@ func (c *chaos) managed(ctx context.Context, most time.Duration) (times, error) 
 		err := func() error {
 			ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 			defer cancel()
+			if err := c.oneCore(); err != nil {
+				return err
+			}
 			r, err := apiv1.NewPluginsClient(conn).List(ctx, &apiv1.ListPluginsRequest{})
 			if err != nil {
 				return err
@@ -317,6 +340,26 @@ func (c *chaos) managed(ctx context.Context, most time.Duration) (times, error) 
 		case <-time.After(10 * time.Millisecond): // polling a public API that has no "managed" to wait for
 		}
 	}
+}
+
+// oneCore tells whether the core is the present launcher's: one whose launcher was killed answers for a moment.
+func (c *chaos) oneCore() error {
+	pids, boss := c.pids(core), c.sys.pid()
+	if len(pids) != 1 {
+		return fmt.Errorf("%d cores", len(pids))
+	}
+	st, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pids[0]))
+	if err != nil {
+		return err
+	}
+	_, rest, _ := strings.Cut(string(st), ") ")
+	if _, err := startOf(boss); err != nil {
+		return fmt.Errorf("the launcher: %w", err)
+	}
+	if w := strings.Fields(rest); len(w) < 2 || w[1] != fmt.Sprint(boss) {
+		return errors.New("the core is that of a launcher that is gone")
+	}
+	return nil
 }
 
 // seen tells whether the guests are listed as they are.

@@ -42,7 +42,14 @@ const netLoad = `(while :; do wget -T 5 -q -O /dev/null http://%s:8080/ && echo 
 // startGuests makes and boots the two guests and their load.
 func (c *chaos) startGuests(ctx context.Context) error {
 	cli := func(args ...string) (string, error) { return c.sys.sys.CLI(ctx, args...) }
-	if _, err := cli("template", "import", "busybox", c.guest.RootQcow2); err != nil {
+	image := c.guest.RootQcow2
+	if c.guests == 0 {
+		image = filepath.Join(c.place().Dir, "empty.raw")
+		if err := os.WriteFile(image, make([]byte, 1<<20), 0o644); err != nil {
+			return err
+		}
+	}
+	if _, err := cli("template", "import", "busybox", image); err != nil {
 		return err
 	}
 	if _, err := cli("network", "create", "lan", "--nat", "--ipv4", "10.78.0.0/24"); err != nil {

@@ -66,16 +66,16 @@ type options struct {
 // chaos is one run.
 type chaos struct {
 	options
-	begin  time.Time
-	rand   *rand.Rand // of the faults; mutations have their own
-	sys    *keeper
-	guest  guest.Guest
-	vms    []*guestVM
-	work   *workload
-	wrong  []string // what is not as it should be, in words
-	again  []time.Duration
-	ready  []time.Duration
-	kinds  map[string]int
+	begin time.Time
+	rand  *rand.Rand // of the faults; mutations have their own
+	sys   *keeper
+	guest guest.Guest
+	vms   []*guestVM
+	work  *workload
+	wrong []string // what is not as it should be, in words
+	again []time.Duration
+	ready []time.Duration
+	kinds map[string]int
 }
 
 func run(o options) int {
@@ -147,8 +147,10 @@ func (c *chaos) run(ctx context.Context) (err error) {
 	if len(found) > 0 {
 		c.say("an earlier run left, now removed: %s", strings.Join(found, "; "))
 	}
-	if c.guest, err = guest.Build(ctx, c.say); err != nil {
-		return err
+	if c.guests > 0 {
+		if c.guest, err = guest.Build(ctx, c.say); err != nil {
+			return err
+		}
 	}
 	sys, err := system.Start(ctx, system.Options{Place: c.place(), Bin: c.bin, Config: c.config})
 	if err != nil {
@@ -162,7 +164,7 @@ func (c *chaos) run(ctx context.Context) (err error) {
 	if err := c.work.start(ctx); err != nil {
 		return err
 	}
-	first, err := c.managed(ctx, time.Minute)
+	first, err := c.managed(ctx, time.Now(), time.Minute)
 	if err != nil {
 		return err
 	}

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"slices"
 	"sort"
@@ -22,7 +21,7 @@ func (c *chaos) verify(ctx context.Context) error {
 	c.say("faults are over; looking at what is there")
 	c.work.finish()
 	c.wrong = append(c.wrong, c.work.wrong...)
-	if _, err := c.managed(ctx, time.Minute); err != nil {
+	if _, err := c.managed(ctx, time.Now(), time.Minute); err != nil {
 		return err
 	}
 	if err := c.settled(ctx); err != nil {
@@ -277,13 +276,12 @@ func (c *chaos) removeAll(ctx context.Context) error {
 		c.fault("left behind: %s", l)
 	}
 	for _, dir := range []string{filepath.Join(c.place().Run, "p"), filepath.Join(c.place().Run, "net")} {
-		list, err := os.ReadDir(dir)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		for _, e := range list {
-			c.fault("left behind: %s/%s", dir, e.Name())
-		}
+		_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+			if err == nil && !d.IsDir() {
+				c.fault("left behind: %s", path)
+			}
+			return nil
+		})
 	}
 	c.files("vmm", ".sock", ".iso", ".tmp")
 	return nil

@@ -248,7 +248,7 @@ func TestLifeOfAVM(t *testing.T) {
 	if !slices.Equal(del.GetRemoved(), want) {
 		t.Fatalf("removed: %v", del.GetRemoved())
 	}
-	if got := c.sup.w.String(); got != "network lan\ntemplate debian-12\nvolume data" {
+	if got := c.sup.w.String(); got != "network lan\ntemplate debian-12\nvolume data size:1048576" {
 		t.Fatalf("left:\n%s", got)
 	}
 	got := c.audits(vm.GetId())

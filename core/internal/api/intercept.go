@@ -2,6 +2,7 @@ package api
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/url"
 	"runtime/debug"
@@ -118,6 +119,42 @@ func (s *Server) call(ctx context.Context) plan.Call {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return plan.Call{Who: c.who, Labels: map[string]string{"request": c.request}}
+}
+
+// again is a call that makes an object with an id of the caller's. A create that is repeated, because its answer
+// was lost, waits for the first to be settled, which may also be undone; when the object is there then, the call
+// is an operation all the same, and audited, but nothing of it is undone.
+func (s *Server) again(ctx context.Context, kind, id string, get func(context.Context) error) (plan.Call, error) {
+	call := s.call(ctx)
+	if id == "" {
+		return call, nil
+	}
+	if err := s.settle(ctx, kind+":"+id); err != nil {
+		return call, err
+	}
+	call.Again = get(ctx) == nil
+	return call, nil
+}
+
+// settle waits until no operation works on an object.
+func (s *Server) settle(ctx context.Context, object string) error {
+	for {
+		id := s.engine.On(object)
+		if id == "" {
+			return nil
+		}
+		if err := s.engine.Watch(ctx, id, func(operation.Operation) error { return nil }); err != nil && !errors.Is(err, errs.NotFound) {
+			return err
+		}
+		// The lock goes just after the end is told.
+		t := time.NewTimer(time.Millisecond)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return ctx.Err()
+		}
+	}
 }
 
 // ran takes the outcome of a change: from here on the engine audits it.

@@ -78,16 +78,11 @@ func (a *networksAPI) Create(ctx context.Context, req *apiv1.CreateNetworkReques
 	if create.NTP, err = convert.Addrs("ntp", req.GetNtp()); err != nil {
 		return nil, err
 	}
-	if req.GetId() != "" {
-		if _, err := a.net.GetNetwork(ctx, net.Ref{Ref: id}); err == nil {
-			n, err := a.net.CreateNetwork(ctx, create)
-			if err != nil {
-				return nil, err
-			}
-			return convert.Network(n), nil
-		}
+	call, err := a.again(ctx, "network", req.GetId(), func(ctx context.Context) error { _, err := a.net.GetNetwork(ctx, net.Ref{Ref: id}); return err })
+	if err != nil {
+		return nil, err
 	}
-	op, err := a.changes.CreateNetwork(ctx, a.call(ctx), create)
+	op, err := a.changes.CreateNetwork(ctx, call, create)
 	return a.after(ctx, id, op, err)
 }
 
@@ -246,16 +241,11 @@ func (a *nicsAPI) Create(ctx context.Context, req *apiv1.CreateNICRequest) (*api
 	if create.SecurityGroups, err = a.groupIDs(ctx, "security_groups", req.GetSecurityGroups()); err != nil {
 		return nil, err
 	}
-	if req.GetId() != "" {
-		if _, err := a.net.GetNIC(ctx, net.Ref{Ref: id}); err == nil {
-			nic, err := a.net.CreateNIC(ctx, create)
-			if err != nil {
-				return nil, err
-			}
-			return a.show(ctx, nic), nil
-		}
+	call, err := a.again(ctx, "nic", req.GetId(), func(ctx context.Context) error { _, err := a.net.GetNIC(ctx, net.Ref{Ref: id}); return err })
+	if err != nil {
+		return nil, err
 	}
-	op, err := a.changes.CreateNIC(ctx, a.call(ctx), create)
+	op, err := a.changes.CreateNIC(ctx, call, create)
 	return a.after(ctx, id, op, err)
 }
 
@@ -347,16 +337,11 @@ func (a *groupsAPI) Create(ctx context.Context, req *apiv1.CreateSecurityGroupRe
 		return nil, err
 	}
 	create := net.CreateSecurityGroupRequest{ID: id, Name: req.GetName(), Rules: rules, Labels: req.GetLabels()}
-	if req.GetId() != "" {
-		if _, err := a.net.GetSecurityGroup(ctx, net.Ref{Ref: id}); err == nil {
-			g, err := a.net.CreateSecurityGroup(ctx, create)
-			if err != nil {
-				return nil, err
-			}
-			return convert.SecurityGroup(g), nil
-		}
+	call, err := a.again(ctx, "group", req.GetId(), func(ctx context.Context) error { _, err := a.net.GetSecurityGroup(ctx, net.Ref{Ref: id}); return err })
+	if err != nil {
+		return nil, err
 	}
-	op, err := a.changes.CreateGroup(ctx, a.call(ctx), create)
+	op, err := a.changes.CreateGroup(ctx, call, create)
 	if err := ran(ctx, op, err); err != nil {
 		return nil, err
 	}

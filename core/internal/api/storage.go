@@ -143,17 +143,11 @@ func (a *volumesAPI) Create(ctx context.Context, req *apiv1.CreateVolumeRequest)
 	case given == 0 && create.SizeBytes == 0:
 		return nil, errs.Field("size_bytes", "give a size, or what to clone", "an empty volume needs a size")
 	}
-	if req.GetId() != "" {
-		if _, err := a.storage.GetVolume(ctx, storage.Ref{Ref: id}); err == nil {
-			// The plugin knows whether it is the same request; an operation would undo what was there before.
-			v, err := a.storage.CreateVolume(ctx, create)
-			if err != nil {
-				return nil, err
-			}
-			return convert.Volume(v, usersOf(a.lookup.vms(ctx), id)), nil
-		}
+	call, err := a.again(ctx, "volume", req.GetId(), func(ctx context.Context) error { _, err := a.storage.GetVolume(ctx, storage.Ref{Ref: id}); return err })
+	if err != nil {
+		return nil, err
 	}
-	op, err := a.changes.CreateVolume(ctx, a.call(ctx), create)
+	op, err := a.changes.CreateVolume(ctx, call, create)
 	return a.after(ctx, id, op, err)
 }
 
@@ -246,16 +240,11 @@ func (a *snapshotsAPI) Create(ctx context.Context, req *apiv1.CreateSnapshotRequ
 		return nil, err
 	}
 	create := storage.CreateSnapshotRequest{ID: id, VolumeID: v.ID, Name: req.GetName(), Labels: req.GetLabels()}
-	if req.GetId() != "" {
-		if _, err := a.findSnapshot(ctx, "id", id); err == nil {
-			s, err := a.storage.CreateSnapshot(ctx, create)
-			if err != nil {
-				return nil, err
-			}
-			return convert.Snapshot(s), nil
-		}
+	call, err := a.again(ctx, "snapshot", req.GetId(), func(ctx context.Context) error { _, err := a.findSnapshot(ctx, "id", id); return err })
+	if err != nil {
+		return nil, err
 	}
-	op, err := a.changes.CreateSnapshot(ctx, a.call(ctx), v, create)
+	op, err := a.changes.CreateSnapshot(ctx, call, v, create)
 	if err := ran(ctx, op, err); err != nil {
 		return nil, err
 	}

@@ -177,16 +177,14 @@ func (a *templatesAPI) Create(ctx context.Context, req *apiv1.CreateTemplateRequ
 		return nil, err
 	}
 	create := storage.CreateTemplateRequest{ID: id, Name: req.GetName(), SnapshotID: s.ID, Labels: req.GetLabels()}
-	if req.GetId() != "" {
-		if _, err := a.storage.GetTemplate(ctx, storage.Ref{Ref: id}); err == nil {
-			t, err := a.storage.CreateTemplate(ctx, create)
-			if err != nil {
-				return nil, err
-			}
-			return convert.Template(t), nil
-		}
+	call, err := a.again(ctx, "template", req.GetId(), func(ctx context.Context) error {
+		_, err := a.storage.GetTemplate(ctx, storage.Ref{Ref: id})
+		return err
+	})
+	if err != nil {
+		return nil, err
 	}
-	op, err := a.changes.CreateTemplate(ctx, a.call(ctx), s, create)
+	op, err := a.changes.CreateTemplate(ctx, call, s, create)
 	if err := ran(ctx, op, err); err != nil {
 		return nil, err
 	}

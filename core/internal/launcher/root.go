@@ -367,7 +367,7 @@ func CoreSocket() (*os.File, error) {
 }
 
 // lockWait is how long a start waits for an mvirtd that is just ending.
-// (A core whose launcher was killed takes up to three seconds.)
+// (A core whose launcher was killed takes a third of a second, one that was frozen until it is woken.)
 const lockWait = 5 * time.Second
 
 // lockState takes the lock that only one mvirtd at a time can hold on a state directory. The lock belongs to

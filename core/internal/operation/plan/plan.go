@@ -43,6 +43,7 @@ type VMM interface {
 	vmm.NICHotplugger
 	vmm.DiskResizer
 	vmm.Resizer
+	vmm.Snapshotter
 }
 
 // Services are the plugins. Methods of optional features that a plugin lacks return errs.Unsupported; Has
@@ -68,13 +69,16 @@ type Call struct {
 	Who    operation.Who
 	Labels map[string]string // kept with the operation for the audit trail
 	Async  bool              // return when it is in the journal
+	// Again tells that what is to be made is there: the plugin says whether it is the same. Whatever happens, it is
+	// not undone, for it was there before.
+	Again bool
 }
 
 // Actions are all actions that plans name. The names are in journals: never change one's meaning.
 func Actions(svc Services) map[string]operation.Action {
 	a := actions{svc}
 	all := map[string]operation.Action{}
-	for _, m := range []map[string]operation.Action{a.storage(), a.net(), a.vmm(), a.plug()} {
+	for _, m := range []map[string]operation.Action{a.storage(), a.net(), a.vmm(), a.vmSnapshots(), a.plug()} {
 		for name, action := range m {
 			all[name] = action
 		}
@@ -86,6 +90,9 @@ type actions struct{ svc Services }
 
 func (c *Changes) run(ctx context.Context, call Call, p operation.Plan) (operation.Operation, error) {
 	p.Who, p.Labels = call.Who, call.Labels
+	if call.Again {
+		p.Mode = operation.Finish
+	}
 	p.Objects = unique(p.Objects)
 	if call.Async {
 		return c.engine.Start(ctx, p)
