@@ -4220,21 +4220,441 @@ func (x *SecurityGroup) GetNicCount() uint32 {
 	return 0
 }
 
-type NewDisk struct {
+type SnapshotVMRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`                             // in the VM; "" : "root" for the first, then "disk1", …
-	Template      string                 `protobuf:"bytes,2,opt,name=template,proto3" json:"template,omitempty"`                     // make a volume from this template, or
-	Volume        string                 `protobuf:"bytes,3,opt,name=volume,proto3" json:"volume,omitempty"`                         // use this one, or, with neither, make an empty one
-	SizeBytes     uint64                 `protobuf:"varint,4,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // of a new volume
-	ReadOnly      bool                   `protobuf:"varint,5,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
-	Snapshot      string                 `protobuf:"bytes,6,opt,name=snapshot,proto3" json:"snapshot,omitempty"` // or make a volume from this snapshot
+	Ref           string                 `protobuf:"bytes,1,opt,name=ref,proto3" json:"ref,omitempty"`
+	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	Name          string                 `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
+	LeavePaused   bool                   `protobuf:"varint,4,opt,name=leave_paused,json=leavePaused,proto3" json:"leave_paused,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
+func (x *SnapshotVMRequest) Reset() {
+	*x = SnapshotVMRequest{}
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotVMRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotVMRequest) ProtoMessage() {}
+
+func (x *SnapshotVMRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotVMRequest.ProtoReflect.Descriptor instead.
+func (*SnapshotVMRequest) Descriptor() ([]byte, []int) {
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *SnapshotVMRequest) GetRef() string {
+	if x != nil {
+		return x.Ref
+	}
+	return ""
+}
+
+func (x *SnapshotVMRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *SnapshotVMRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SnapshotVMRequest) GetLeavePaused() bool {
+	if x != nil {
+		return x.LeavePaused
+	}
+	return false
+}
+
+type VMSnapshot struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	VmId          string                 `protobuf:"bytes,3,opt,name=vm_id,json=vmId,proto3" json:"vm_id,omitempty"`
+	VmName        string                 `protobuf:"bytes,4,opt,name=vm_name,json=vmName,proto3" json:"vm_name,omitempty"`           // now, or then if the VM is gone
+	SizeBytes     uint64                 `protobuf:"varint,5,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // memory and devices, on disk
+	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	Hypervisor    string                 `protobuf:"bytes,7,opt,name=hypervisor,proto3" json:"hypervisor,omitempty"` // only this one can restore it
+	Cpus          uint32                 `protobuf:"varint,8,opt,name=cpus,proto3" json:"cpus,omitempty"`
+	MemoryBytes   uint64                 `protobuf:"varint,9,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
+	Disks         []*VMSnapshotDisk      `protobuf:"bytes,10,rep,name=disks,proto3" json:"disks,omitempty"`
+	Operation     string                 `protobuf:"bytes,11,opt,name=operation,proto3" json:"operation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VMSnapshot) Reset() {
+	*x = VMSnapshot{}
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VMSnapshot) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VMSnapshot) ProtoMessage() {}
+
+func (x *VMSnapshot) ProtoReflect() protoreflect.Message {
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VMSnapshot.ProtoReflect.Descriptor instead.
+func (*VMSnapshot) Descriptor() ([]byte, []int) {
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *VMSnapshot) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *VMSnapshot) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *VMSnapshot) GetVmId() string {
+	if x != nil {
+		return x.VmId
+	}
+	return ""
+}
+
+func (x *VMSnapshot) GetVmName() string {
+	if x != nil {
+		return x.VmName
+	}
+	return ""
+}
+
+func (x *VMSnapshot) GetSizeBytes() uint64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *VMSnapshot) GetCreatedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CreatedAt
+	}
+	return nil
+}
+
+func (x *VMSnapshot) GetHypervisor() string {
+	if x != nil {
+		return x.Hypervisor
+	}
+	return ""
+}
+
+func (x *VMSnapshot) GetCpus() uint32 {
+	if x != nil {
+		return x.Cpus
+	}
+	return 0
+}
+
+func (x *VMSnapshot) GetMemoryBytes() uint64 {
+	if x != nil {
+		return x.MemoryBytes
+	}
+	return 0
+}
+
+func (x *VMSnapshot) GetDisks() []*VMSnapshotDisk {
+	if x != nil {
+		return x.Disks
+	}
+	return nil
+}
+
+func (x *VMSnapshot) GetOperation() string {
+	if x != nil {
+		return x.Operation
+	}
+	return ""
+}
+
+type VMSnapshotDisk struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // of the disk
+	SnapshotId    string                 `protobuf:"bytes,2,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VMSnapshotDisk) Reset() {
+	*x = VMSnapshotDisk{}
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[57]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VMSnapshotDisk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VMSnapshotDisk) ProtoMessage() {}
+
+func (x *VMSnapshotDisk) ProtoReflect() protoreflect.Message {
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[57]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VMSnapshotDisk.ProtoReflect.Descriptor instead.
+func (*VMSnapshotDisk) Descriptor() ([]byte, []int) {
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{57}
+}
+
+func (x *VMSnapshotDisk) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *VMSnapshotDisk) GetSnapshotId() string {
+	if x != nil {
+		return x.SnapshotId
+	}
+	return ""
+}
+
+type ListVMSnapshotsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Vm            string                 `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListVMSnapshotsRequest) Reset() {
+	*x = ListVMSnapshotsRequest{}
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[58]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListVMSnapshotsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListVMSnapshotsRequest) ProtoMessage() {}
+
+func (x *ListVMSnapshotsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[58]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListVMSnapshotsRequest.ProtoReflect.Descriptor instead.
+func (*ListVMSnapshotsRequest) Descriptor() ([]byte, []int) {
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{58}
+}
+
+func (x *ListVMSnapshotsRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+type ListVMSnapshotsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Snapshots     []*VMSnapshot          `protobuf:"bytes,1,rep,name=snapshots,proto3" json:"snapshots,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListVMSnapshotsResponse) Reset() {
+	*x = ListVMSnapshotsResponse{}
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[59]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListVMSnapshotsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListVMSnapshotsResponse) ProtoMessage() {}
+
+func (x *ListVMSnapshotsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[59]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListVMSnapshotsResponse.ProtoReflect.Descriptor instead.
+func (*ListVMSnapshotsResponse) Descriptor() ([]byte, []int) {
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{59}
+}
+
+func (x *ListVMSnapshotsResponse) GetSnapshots() []*VMSnapshot {
+	if x != nil {
+		return x.Snapshots
+	}
+	return nil
+}
+
+type RestoreVMRequest struct {
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	Snapshot     string                 `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"` // id, the beginning of one, or "vm@name"
+	Name         string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`         // of a new VM; "": the VM that the snapshot was made of
+	Id           string                 `protobuf:"bytes,3,opt,name=id,proto3" json:"id,omitempty"`             // of a new VM
+	Paused       bool                   `protobuf:"varint,4,opt,name=paused,proto3" json:"paused,omitempty"`
+	DestroyNewer bool                   `protobuf:"varint,5,opt,name=destroy_newer,json=destroyNewer,proto3" json:"destroy_newer,omitempty"` // the same VM: volumes' snapshots that are newer are lost
+	// A new VM: its NICs, as many as the snapshot has, on networks where their MACs are free: the guest keeps the
+	// addresses that it had.
+	Nics          []*NewNIC `protobuf:"bytes,6,rep,name=nics,proto3" json:"nics,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestoreVMRequest) Reset() {
+	*x = RestoreVMRequest{}
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[60]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestoreVMRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestoreVMRequest) ProtoMessage() {}
+
+func (x *RestoreVMRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[60]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestoreVMRequest.ProtoReflect.Descriptor instead.
+func (*RestoreVMRequest) Descriptor() ([]byte, []int) {
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{60}
+}
+
+func (x *RestoreVMRequest) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
+func (x *RestoreVMRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RestoreVMRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *RestoreVMRequest) GetPaused() bool {
+	if x != nil {
+		return x.Paused
+	}
+	return false
+}
+
+func (x *RestoreVMRequest) GetDestroyNewer() bool {
+	if x != nil {
+		return x.DestroyNewer
+	}
+	return false
+}
+
+func (x *RestoreVMRequest) GetNics() []*NewNIC {
+	if x != nil {
+		return x.Nics
+	}
+	return nil
+}
+
+type NewDisk struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Name           string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`                             // in the VM; "" : "root" for the first, then "disk1", …
+	Template       string                 `protobuf:"bytes,2,opt,name=template,proto3" json:"template,omitempty"`                     // make a volume from this template, or
+	Volume         string                 `protobuf:"bytes,3,opt,name=volume,proto3" json:"volume,omitempty"`                         // use this one, or, with neither, make an empty one
+	SizeBytes      uint64                 `protobuf:"varint,4,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // of a new volume
+	ReadOnly       bool                   `protobuf:"varint,5,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
+	Snapshot       string                 `protobuf:"bytes,6,opt,name=snapshot,proto3" json:"snapshot,omitempty"`                                      // or make a volume from this snapshot
+	BytesPerSecond uint64                 `protobuf:"varint,7,opt,name=bytes_per_second,json=bytesPerSecond,proto3" json:"bytes_per_second,omitempty"` // limits of the disk; 0: none
+	OpsPerSecond   uint64                 `protobuf:"varint,8,opt,name=ops_per_second,json=opsPerSecond,proto3" json:"ops_per_second,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
 func (x *NewDisk) Reset() {
 	*x = NewDisk{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[55]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4246,7 +4666,7 @@ func (x *NewDisk) String() string {
 func (*NewDisk) ProtoMessage() {}
 
 func (x *NewDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[55]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4259,7 +4679,7 @@ func (x *NewDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewDisk.ProtoReflect.Descriptor instead.
 func (*NewDisk) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{55}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *NewDisk) GetName() string {
@@ -4304,6 +4724,20 @@ func (x *NewDisk) GetSnapshot() string {
 	return ""
 }
 
+func (x *NewDisk) GetBytesPerSecond() uint64 {
+	if x != nil {
+		return x.BytesPerSecond
+	}
+	return 0
+}
+
+func (x *NewDisk) GetOpsPerSecond() uint64 {
+	if x != nil {
+		return x.OpsPerSecond
+	}
+	return 0
+}
+
 type NewNIC struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Network        string                 `protobuf:"bytes,1,opt,name=network,proto3" json:"network,omitempty"` // make a NIC on it, or
@@ -4318,7 +4752,7 @@ type NewNIC struct {
 
 func (x *NewNIC) Reset() {
 	*x = NewNIC{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[56]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4330,7 +4764,7 @@ func (x *NewNIC) String() string {
 func (*NewNIC) ProtoMessage() {}
 
 func (x *NewNIC) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[56]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4343,7 +4777,7 @@ func (x *NewNIC) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewNIC.ProtoReflect.Descriptor instead.
 func (*NewNIC) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{56}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *NewNIC) GetNetwork() string {
@@ -4399,7 +4833,7 @@ type CloudInit struct {
 
 func (x *CloudInit) Reset() {
 	*x = CloudInit{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[57]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4411,7 +4845,7 @@ func (x *CloudInit) String() string {
 func (*CloudInit) ProtoMessage() {}
 
 func (x *CloudInit) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[57]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4424,7 +4858,7 @@ func (x *CloudInit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloudInit.ProtoReflect.Descriptor instead.
 func (*CloudInit) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{57}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *CloudInit) GetUserData() string {
@@ -4470,13 +4904,16 @@ type CreateVMRequest struct {
 	MaxCpus        uint32                 `protobuf:"varint,18,opt,name=max_cpus,json=maxCpus,proto3" json:"max_cpus,omitempty"`
 	MaxMemoryBytes uint64                 `protobuf:"varint,19,opt,name=max_memory_bytes,json=maxMemoryBytes,proto3" json:"max_memory_bytes,omitempty"`
 	HugePages      bool                   `protobuf:"varint,20,opt,name=huge_pages,json=hugePages,proto3" json:"huge_pages,omitempty"`
+	Topology       *VMTopology            `protobuf:"bytes,21,opt,name=topology,proto3" json:"topology,omitempty"` // absent: one socket, one thread a core
+	Watchdog       bool                   `protobuf:"varint,22,opt,name=watchdog,proto3" json:"watchdog,omitempty"`
+	Vsock          uint32                 `protobuf:"varint,23,opt,name=vsock,proto3" json:"vsock,omitempty"` // address on a virtio socket, from 3; 0: none
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
 
 func (x *CreateVMRequest) Reset() {
 	*x = CreateVMRequest{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[58]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4488,7 +4925,7 @@ func (x *CreateVMRequest) String() string {
 func (*CreateVMRequest) ProtoMessage() {}
 
 func (x *CreateVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[58]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4501,7 +4938,7 @@ func (x *CreateVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVMRequest.ProtoReflect.Descriptor instead.
 func (*CreateVMRequest) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{58}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *CreateVMRequest) GetId() string {
@@ -4644,6 +5081,87 @@ func (x *CreateVMRequest) GetHugePages() bool {
 	return false
 }
 
+func (x *CreateVMRequest) GetTopology() *VMTopology {
+	if x != nil {
+		return x.Topology
+	}
+	return nil
+}
+
+func (x *CreateVMRequest) GetWatchdog() bool {
+	if x != nil {
+		return x.Watchdog
+	}
+	return false
+}
+
+func (x *CreateVMRequest) GetVsock() uint32 {
+	if x != nil {
+		return x.Vsock
+	}
+	return 0
+}
+
+type VMTopology struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sockets       uint32                 `protobuf:"varint,1,opt,name=sockets,proto3" json:"sockets,omitempty"`
+	Cores         uint32                 `protobuf:"varint,2,opt,name=cores,proto3" json:"cores,omitempty"`     // of a socket
+	Threads       uint32                 `protobuf:"varint,3,opt,name=threads,proto3" json:"threads,omitempty"` // of a core
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VMTopology) Reset() {
+	*x = VMTopology{}
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[65]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VMTopology) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VMTopology) ProtoMessage() {}
+
+func (x *VMTopology) ProtoReflect() protoreflect.Message {
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[65]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VMTopology.ProtoReflect.Descriptor instead.
+func (*VMTopology) Descriptor() ([]byte, []int) {
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{65}
+}
+
+func (x *VMTopology) GetSockets() uint32 {
+	if x != nil {
+		return x.Sockets
+	}
+	return 0
+}
+
+func (x *VMTopology) GetCores() uint32 {
+	if x != nil {
+		return x.Cores
+	}
+	return 0
+}
+
+func (x *VMTopology) GetThreads() uint32 {
+	if x != nil {
+		return x.Threads
+	}
+	return 0
+}
+
 type ListVMsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -4652,7 +5170,7 @@ type ListVMsRequest struct {
 
 func (x *ListVMsRequest) Reset() {
 	*x = ListVMsRequest{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[59]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4664,7 +5182,7 @@ func (x *ListVMsRequest) String() string {
 func (*ListVMsRequest) ProtoMessage() {}
 
 func (x *ListVMsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[59]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4677,7 +5195,7 @@ func (x *ListVMsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVMsRequest.ProtoReflect.Descriptor instead.
 func (*ListVMsRequest) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{59}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{66}
 }
 
 type ListVMsResponse struct {
@@ -4689,7 +5207,7 @@ type ListVMsResponse struct {
 
 func (x *ListVMsResponse) Reset() {
 	*x = ListVMsResponse{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[60]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4701,7 +5219,7 @@ func (x *ListVMsResponse) String() string {
 func (*ListVMsResponse) ProtoMessage() {}
 
 func (x *ListVMsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[60]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4714,7 +5232,7 @@ func (x *ListVMsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVMsResponse.ProtoReflect.Descriptor instead.
 func (*ListVMsResponse) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{60}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ListVMsResponse) GetVms() []*VM {
@@ -4742,7 +5260,7 @@ type UpdateVMRequest struct {
 
 func (x *UpdateVMRequest) Reset() {
 	*x = UpdateVMRequest{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[61]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4754,7 +5272,7 @@ func (x *UpdateVMRequest) String() string {
 func (*UpdateVMRequest) ProtoMessage() {}
 
 func (x *UpdateVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[61]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4767,7 +5285,7 @@ func (x *UpdateVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateVMRequest.ProtoReflect.Descriptor instead.
 func (*UpdateVMRequest) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{61}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *UpdateVMRequest) GetRef() string {
@@ -4850,7 +5368,7 @@ type StartVMRequest struct {
 
 func (x *StartVMRequest) Reset() {
 	*x = StartVMRequest{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[62]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4862,7 +5380,7 @@ func (x *StartVMRequest) String() string {
 func (*StartVMRequest) ProtoMessage() {}
 
 func (x *StartVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[62]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4875,7 +5393,7 @@ func (x *StartVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartVMRequest.ProtoReflect.Descriptor instead.
 func (*StartVMRequest) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{62}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *StartVMRequest) GetRef() string {
@@ -4903,7 +5421,7 @@ type StopVMRequest struct {
 
 func (x *StopVMRequest) Reset() {
 	*x = StopVMRequest{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[63]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4915,7 +5433,7 @@ func (x *StopVMRequest) String() string {
 func (*StopVMRequest) ProtoMessage() {}
 
 func (x *StopVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[63]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4928,7 +5446,7 @@ func (x *StopVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopVMRequest.ProtoReflect.Descriptor instead.
 func (*StopVMRequest) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{63}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *StopVMRequest) GetRef() string {
@@ -4963,7 +5481,7 @@ type RebootVMRequest struct {
 
 func (x *RebootVMRequest) Reset() {
 	*x = RebootVMRequest{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[64]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4975,7 +5493,7 @@ func (x *RebootVMRequest) String() string {
 func (*RebootVMRequest) ProtoMessage() {}
 
 func (x *RebootVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[64]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4988,7 +5506,7 @@ func (x *RebootVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RebootVMRequest.ProtoReflect.Descriptor instead.
 func (*RebootVMRequest) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{64}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *RebootVMRequest) GetRef() string {
@@ -5022,7 +5540,7 @@ type AttachVolumeRequest struct {
 
 func (x *AttachVolumeRequest) Reset() {
 	*x = AttachVolumeRequest{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[65]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5034,7 +5552,7 @@ func (x *AttachVolumeRequest) String() string {
 func (*AttachVolumeRequest) ProtoMessage() {}
 
 func (x *AttachVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[65]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5047,7 +5565,7 @@ func (x *AttachVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachVolumeRequest.ProtoReflect.Descriptor instead.
 func (*AttachVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{65}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *AttachVolumeRequest) GetRef() string {
@@ -5074,7 +5592,7 @@ type DetachVolumeRequest struct {
 
 func (x *DetachVolumeRequest) Reset() {
 	*x = DetachVolumeRequest{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[66]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5086,7 +5604,7 @@ func (x *DetachVolumeRequest) String() string {
 func (*DetachVolumeRequest) ProtoMessage() {}
 
 func (x *DetachVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[66]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5099,7 +5617,7 @@ func (x *DetachVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachVolumeRequest.ProtoReflect.Descriptor instead.
 func (*DetachVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{66}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *DetachVolumeRequest) GetRef() string {
@@ -5126,7 +5644,7 @@ type AttachNICRequest struct {
 
 func (x *AttachNICRequest) Reset() {
 	*x = AttachNICRequest{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[67]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5138,7 +5656,7 @@ func (x *AttachNICRequest) String() string {
 func (*AttachNICRequest) ProtoMessage() {}
 
 func (x *AttachNICRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[67]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5151,7 +5669,7 @@ func (x *AttachNICRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachNICRequest.ProtoReflect.Descriptor instead.
 func (*AttachNICRequest) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{67}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *AttachNICRequest) GetRef() string {
@@ -5178,7 +5696,7 @@ type DetachNICRequest struct {
 
 func (x *DetachNICRequest) Reset() {
 	*x = DetachNICRequest{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[68]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5190,7 +5708,7 @@ func (x *DetachNICRequest) String() string {
 func (*DetachNICRequest) ProtoMessage() {}
 
 func (x *DetachNICRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[68]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5203,7 +5721,7 @@ func (x *DetachNICRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachNICRequest.ProtoReflect.Descriptor instead.
 func (*DetachNICRequest) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{68}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *DetachNICRequest) GetRef() string {
@@ -5221,20 +5739,22 @@ func (x *DetachNICRequest) GetNic() string {
 }
 
 type VMDisk struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	VolumeId      string                 `protobuf:"bytes,2,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
-	VolumeName    string                 `protobuf:"bytes,3,opt,name=volume_name,json=volumeName,proto3" json:"volume_name,omitempty"`
-	SizeBytes     uint64                 `protobuf:"varint,4,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
-	ReadOnly      bool                   `protobuf:"varint,5,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
-	Owned         bool                   `protobuf:"varint,6,opt,name=owned,proto3" json:"owned,omitempty"` // goes with the VM
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Name           string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	VolumeId       string                 `protobuf:"bytes,2,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
+	VolumeName     string                 `protobuf:"bytes,3,opt,name=volume_name,json=volumeName,proto3" json:"volume_name,omitempty"`
+	SizeBytes      uint64                 `protobuf:"varint,4,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	ReadOnly       bool                   `protobuf:"varint,5,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
+	Owned          bool                   `protobuf:"varint,6,opt,name=owned,proto3" json:"owned,omitempty"`                                           // goes with the VM
+	BytesPerSecond uint64                 `protobuf:"varint,7,opt,name=bytes_per_second,json=bytesPerSecond,proto3" json:"bytes_per_second,omitempty"` // limits; 0: none
+	OpsPerSecond   uint64                 `protobuf:"varint,8,opt,name=ops_per_second,json=opsPerSecond,proto3" json:"ops_per_second,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *VMDisk) Reset() {
 	*x = VMDisk{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[69]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5246,7 +5766,7 @@ func (x *VMDisk) String() string {
 func (*VMDisk) ProtoMessage() {}
 
 func (x *VMDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[69]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5259,7 +5779,7 @@ func (x *VMDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMDisk.ProtoReflect.Descriptor instead.
 func (*VMDisk) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{69}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *VMDisk) GetName() string {
@@ -5304,6 +5824,20 @@ func (x *VMDisk) GetOwned() bool {
 	return false
 }
 
+func (x *VMDisk) GetBytesPerSecond() uint64 {
+	if x != nil {
+		return x.BytesPerSecond
+	}
+	return 0
+}
+
+func (x *VMDisk) GetOpsPerSecond() uint64 {
+	if x != nil {
+		return x.OpsPerSecond
+	}
+	return 0
+}
+
 type VMNIC struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	NicId         string                 `protobuf:"bytes,1,opt,name=nic_id,json=nicId,proto3" json:"nic_id,omitempty"`
@@ -5320,7 +5854,7 @@ type VMNIC struct {
 
 func (x *VMNIC) Reset() {
 	*x = VMNIC{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[70]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5332,7 +5866,7 @@ func (x *VMNIC) String() string {
 func (*VMNIC) ProtoMessage() {}
 
 func (x *VMNIC) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[70]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5345,7 +5879,7 @@ func (x *VMNIC) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMNIC.ProtoReflect.Descriptor instead.
 func (*VMNIC) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{70}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *VMNIC) GetNicId() string {
@@ -5435,13 +5969,18 @@ type VM struct {
 	MaxCpus        uint32                 `protobuf:"varint,27,opt,name=max_cpus,json=maxCpus,proto3" json:"max_cpus,omitempty"`
 	MaxMemoryBytes uint64                 `protobuf:"varint,28,opt,name=max_memory_bytes,json=maxMemoryBytes,proto3" json:"max_memory_bytes,omitempty"`
 	Conditions     []*Condition           `protobuf:"bytes,29,rep,name=conditions,proto3" json:"conditions,omitempty"` // what the reconciler found: a volume is gone, …
+	Topology       *VMTopology            `protobuf:"bytes,30,opt,name=topology,proto3" json:"topology,omitempty"`
+	Watchdog       bool                   `protobuf:"varint,31,opt,name=watchdog,proto3" json:"watchdog,omitempty"`
+	Vsock          uint32                 `protobuf:"varint,32,opt,name=vsock,proto3" json:"vsock,omitempty"`
+	VsockSocket    string                 `protobuf:"bytes,33,opt,name=vsock_socket,json=vsockSocket,proto3" json:"vsock_socket,omitempty"` // on the host, while it runs
+	HugePages      bool                   `protobuf:"varint,34,opt,name=huge_pages,json=hugePages,proto3" json:"huge_pages,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
 
 func (x *VM) Reset() {
 	*x = VM{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[71]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5453,7 +5992,7 @@ func (x *VM) String() string {
 func (*VM) ProtoMessage() {}
 
 func (x *VM) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[71]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5466,7 +6005,7 @@ func (x *VM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VM.ProtoReflect.Descriptor instead.
 func (*VM) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{71}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *VM) GetId() string {
@@ -5672,6 +6211,41 @@ func (x *VM) GetConditions() []*Condition {
 	return nil
 }
 
+func (x *VM) GetTopology() *VMTopology {
+	if x != nil {
+		return x.Topology
+	}
+	return nil
+}
+
+func (x *VM) GetWatchdog() bool {
+	if x != nil {
+		return x.Watchdog
+	}
+	return false
+}
+
+func (x *VM) GetVsock() uint32 {
+	if x != nil {
+		return x.Vsock
+	}
+	return 0
+}
+
+func (x *VM) GetVsockSocket() string {
+	if x != nil {
+		return x.VsockSocket
+	}
+	return ""
+}
+
+func (x *VM) GetHugePages() bool {
+	if x != nil {
+		return x.HugePages
+	}
+	return false
+}
+
 type ConsoleInput struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Kind:
@@ -5685,7 +6259,7 @@ type ConsoleInput struct {
 
 func (x *ConsoleInput) Reset() {
 	*x = ConsoleInput{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[72]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5697,7 +6271,7 @@ func (x *ConsoleInput) String() string {
 func (*ConsoleInput) ProtoMessage() {}
 
 func (x *ConsoleInput) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[72]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5710,7 +6284,7 @@ func (x *ConsoleInput) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleInput.ProtoReflect.Descriptor instead.
 func (*ConsoleInput) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{72}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *ConsoleInput) GetKind() isConsoleInput_Kind {
@@ -5767,7 +6341,7 @@ type ConsoleOpen struct {
 
 func (x *ConsoleOpen) Reset() {
 	*x = ConsoleOpen{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[73]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5779,7 +6353,7 @@ func (x *ConsoleOpen) String() string {
 func (*ConsoleOpen) ProtoMessage() {}
 
 func (x *ConsoleOpen) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[73]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5792,7 +6366,7 @@ func (x *ConsoleOpen) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleOpen.ProtoReflect.Descriptor instead.
 func (*ConsoleOpen) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{73}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *ConsoleOpen) GetRef() string {
@@ -5841,7 +6415,7 @@ type ConsoleOutput struct {
 
 func (x *ConsoleOutput) Reset() {
 	*x = ConsoleOutput{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[74]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5853,7 +6427,7 @@ func (x *ConsoleOutput) String() string {
 func (*ConsoleOutput) ProtoMessage() {}
 
 func (x *ConsoleOutput) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[74]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5866,7 +6440,7 @@ func (x *ConsoleOutput) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleOutput.ProtoReflect.Descriptor instead.
 func (*ConsoleOutput) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{74}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *ConsoleOutput) GetData() []byte {
@@ -5898,7 +6472,7 @@ type WatchVMsRequest struct {
 
 func (x *WatchVMsRequest) Reset() {
 	*x = WatchVMsRequest{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[75]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5910,7 +6484,7 @@ func (x *WatchVMsRequest) String() string {
 func (*WatchVMsRequest) ProtoMessage() {}
 
 func (x *WatchVMsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[75]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5923,7 +6497,7 @@ func (x *WatchVMsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchVMsRequest.ProtoReflect.Descriptor instead.
 func (*WatchVMsRequest) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{75}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{82}
 }
 
 type VMEvent struct {
@@ -5937,7 +6511,7 @@ type VMEvent struct {
 
 func (x *VMEvent) Reset() {
 	*x = VMEvent{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[76]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5949,7 +6523,7 @@ func (x *VMEvent) String() string {
 func (*VMEvent) ProtoMessage() {}
 
 func (x *VMEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[76]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5962,7 +6536,7 @@ func (x *VMEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMEvent.ProtoReflect.Descriptor instead.
 func (*VMEvent) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{76}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *VMEvent) GetType() string {
@@ -5997,7 +6571,7 @@ type VMCounters struct {
 
 func (x *VMCounters) Reset() {
 	*x = VMCounters{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[77]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6009,7 +6583,7 @@ func (x *VMCounters) String() string {
 func (*VMCounters) ProtoMessage() {}
 
 func (x *VMCounters) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[77]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6022,7 +6596,7 @@ func (x *VMCounters) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMCounters.ProtoReflect.Descriptor instead.
 func (*VMCounters) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{77}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *VMCounters) GetCpuTime() *durationpb.Duration {
@@ -6059,7 +6633,7 @@ type DeviceCounters struct {
 
 func (x *DeviceCounters) Reset() {
 	*x = DeviceCounters{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[78]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6071,7 +6645,7 @@ func (x *DeviceCounters) String() string {
 func (*DeviceCounters) ProtoMessage() {}
 
 func (x *DeviceCounters) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[78]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6084,7 +6658,7 @@ func (x *DeviceCounters) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceCounters.ProtoReflect.Descriptor instead.
 func (*DeviceCounters) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{78}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *DeviceCounters) GetName() string {
@@ -6144,7 +6718,7 @@ type QueryLogsRequest struct {
 
 func (x *QueryLogsRequest) Reset() {
 	*x = QueryLogsRequest{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[79]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6156,7 +6730,7 @@ func (x *QueryLogsRequest) String() string {
 func (*QueryLogsRequest) ProtoMessage() {}
 
 func (x *QueryLogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[79]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6169,7 +6743,7 @@ func (x *QueryLogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryLogsRequest.ProtoReflect.Descriptor instead.
 func (*QueryLogsRequest) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{79}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *QueryLogsRequest) GetObjects() []string {
@@ -6285,7 +6859,7 @@ type LogEntry struct {
 
 func (x *LogEntry) Reset() {
 	*x = LogEntry{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[80]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6297,7 +6871,7 @@ func (x *LogEntry) String() string {
 func (*LogEntry) ProtoMessage() {}
 
 func (x *LogEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[80]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6310,7 +6884,7 @@ func (x *LogEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogEntry.ProtoReflect.Descriptor instead.
 func (*LogEntry) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{80}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *LogEntry) GetTime() *timestamppb.Timestamp {
@@ -6374,7 +6948,7 @@ type LogResult struct {
 
 func (x *LogResult) Reset() {
 	*x = LogResult{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[81]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6386,7 +6960,7 @@ func (x *LogResult) String() string {
 func (*LogResult) ProtoMessage() {}
 
 func (x *LogResult) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[81]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6399,7 +6973,7 @@ func (x *LogResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogResult.ProtoReflect.Descriptor instead.
 func (*LogResult) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{81}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *LogResult) GetEntry() *LogEntry {
@@ -6438,7 +7012,7 @@ type LogStatsRequest struct {
 
 func (x *LogStatsRequest) Reset() {
 	*x = LogStatsRequest{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[82]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6450,7 +7024,7 @@ func (x *LogStatsRequest) String() string {
 func (*LogStatsRequest) ProtoMessage() {}
 
 func (x *LogStatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[82]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6463,7 +7037,7 @@ func (x *LogStatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogStatsRequest.ProtoReflect.Descriptor instead.
 func (*LogStatsRequest) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{82}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{89}
 }
 
 type LogStats struct {
@@ -6483,7 +7057,7 @@ type LogStats struct {
 
 func (x *LogStats) Reset() {
 	*x = LogStats{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[83]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6495,7 +7069,7 @@ func (x *LogStats) String() string {
 func (*LogStats) ProtoMessage() {}
 
 func (x *LogStats) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[83]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6508,7 +7082,7 @@ func (x *LogStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogStats.ProtoReflect.Descriptor instead.
 func (*LogStats) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{83}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *LogStats) GetEntries() uint64 {
@@ -6584,7 +7158,7 @@ type VerifyLogsRequest struct {
 
 func (x *VerifyLogsRequest) Reset() {
 	*x = VerifyLogsRequest{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[84]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6596,7 +7170,7 @@ func (x *VerifyLogsRequest) String() string {
 func (*VerifyLogsRequest) ProtoMessage() {}
 
 func (x *VerifyLogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[84]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6609,7 +7183,7 @@ func (x *VerifyLogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyLogsRequest.ProtoReflect.Descriptor instead.
 func (*VerifyLogsRequest) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{84}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *VerifyLogsRequest) GetSince() *timestamppb.Timestamp {
@@ -6637,7 +7211,7 @@ type VerifyLogsResponse struct {
 
 func (x *VerifyLogsResponse) Reset() {
 	*x = VerifyLogsResponse{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[85]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6649,7 +7223,7 @@ func (x *VerifyLogsResponse) String() string {
 func (*VerifyLogsResponse) ProtoMessage() {}
 
 func (x *VerifyLogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[85]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6662,7 +7236,7 @@ func (x *VerifyLogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyLogsResponse.ProtoReflect.Descriptor instead.
 func (*VerifyLogsResponse) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{85}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *VerifyLogsResponse) GetChecked() uint64 {
@@ -6698,7 +7272,7 @@ type VerifyBreak struct {
 
 func (x *VerifyBreak) Reset() {
 	*x = VerifyBreak{}
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[86]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6710,7 +7284,7 @@ func (x *VerifyBreak) String() string {
 func (*VerifyBreak) ProtoMessage() {}
 
 func (x *VerifyBreak) ProtoReflect() protoreflect.Message {
-	mi := &file_mvirt_v1_mvirt_proto_msgTypes[86]
+	mi := &file_mvirt_v1_mvirt_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6723,7 +7297,7 @@ func (x *VerifyBreak) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyBreak.ProtoReflect.Descriptor instead.
 func (*VerifyBreak) Descriptor() ([]byte, []int) {
-	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{86}
+	return file_mvirt_v1_mvirt_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *VerifyBreak) GetEntryId() string {
@@ -7193,7 +7767,45 @@ const file_mvirt_v1_mvirt_proto_rawDesc = "" +
 	"\tnic_count\x18\x06 \x01(\rR\bnicCount\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xa9\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"l\n" +
+	"\x11SnapshotVMRequest\x12\x10\n" +
+	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\x12\x12\n" +
+	"\x04name\x18\x03 \x01(\tR\x04name\x12!\n" +
+	"\fleave_paused\x18\x04 \x01(\bR\vleavePaused\"\xdd\x02\n" +
+	"\n" +
+	"VMSnapshot\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x13\n" +
+	"\x05vm_id\x18\x03 \x01(\tR\x04vmId\x12\x17\n" +
+	"\avm_name\x18\x04 \x01(\tR\x06vmName\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x05 \x01(\x04R\tsizeBytes\x129\n" +
+	"\n" +
+	"created_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x12\x1e\n" +
+	"\n" +
+	"hypervisor\x18\a \x01(\tR\n" +
+	"hypervisor\x12\x12\n" +
+	"\x04cpus\x18\b \x01(\rR\x04cpus\x12!\n" +
+	"\fmemory_bytes\x18\t \x01(\x04R\vmemoryBytes\x12.\n" +
+	"\x05disks\x18\n" +
+	" \x03(\v2\x18.mvirt.v1.VMSnapshotDiskR\x05disks\x12\x1c\n" +
+	"\toperation\x18\v \x01(\tR\toperation\"E\n" +
+	"\x0eVMSnapshotDisk\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1f\n" +
+	"\vsnapshot_id\x18\x02 \x01(\tR\n" +
+	"snapshotId\"(\n" +
+	"\x16ListVMSnapshotsRequest\x12\x0e\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\"M\n" +
+	"\x17ListVMSnapshotsResponse\x122\n" +
+	"\tsnapshots\x18\x01 \x03(\v2\x14.mvirt.v1.VMSnapshotR\tsnapshots\"\xb5\x01\n" +
+	"\x10RestoreVMRequest\x12\x1a\n" +
+	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x0e\n" +
+	"\x02id\x18\x03 \x01(\tR\x02id\x12\x16\n" +
+	"\x06paused\x18\x04 \x01(\bR\x06paused\x12#\n" +
+	"\rdestroy_newer\x18\x05 \x01(\bR\fdestroyNewer\x12$\n" +
+	"\x04nics\x18\x06 \x03(\v2\x10.mvirt.v1.NewNICR\x04nics\"\xf9\x01\n" +
 	"\aNewDisk\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\btemplate\x18\x02 \x01(\tR\btemplate\x12\x16\n" +
@@ -7201,7 +7813,9 @@ const file_mvirt_v1_mvirt_proto_rawDesc = "" +
 	"\n" +
 	"size_bytes\x18\x04 \x01(\x04R\tsizeBytes\x12\x1b\n" +
 	"\tread_only\x18\x05 \x01(\bR\breadOnly\x12\x1a\n" +
-	"\bsnapshot\x18\x06 \x01(\tR\bsnapshot\"\x97\x01\n" +
+	"\bsnapshot\x18\x06 \x01(\tR\bsnapshot\x12(\n" +
+	"\x10bytes_per_second\x18\a \x01(\x04R\x0ebytesPerSecond\x12$\n" +
+	"\x0eops_per_second\x18\b \x01(\x04R\fopsPerSecond\"\x97\x01\n" +
 	"\x06NewNIC\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x10\n" +
 	"\x03nic\x18\x02 \x01(\tR\x03nic\x12\x10\n" +
@@ -7212,7 +7826,7 @@ const file_mvirt_v1_mvirt_proto_rawDesc = "" +
 	"\tCloudInit\x12\x1b\n" +
 	"\tuser_data\x18\x01 \x01(\tR\buserData\x12\x1b\n" +
 	"\tmeta_data\x18\x02 \x01(\tR\bmetaData\x12%\n" +
-	"\x0enetwork_config\x18\x03 \x01(\tR\rnetworkConfig\"\xd2\x05\n" +
+	"\x0enetwork_config\x18\x03 \x01(\tR\rnetworkConfig\"\xb6\x06\n" +
 	"\x0fCreateVMRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
@@ -7237,10 +7851,18 @@ const file_mvirt_v1_mvirt_proto_rawDesc = "" +
 	"\bmax_cpus\x18\x12 \x01(\rR\amaxCpus\x12(\n" +
 	"\x10max_memory_bytes\x18\x13 \x01(\x04R\x0emaxMemoryBytes\x12\x1d\n" +
 	"\n" +
-	"huge_pages\x18\x14 \x01(\bR\thugePages\x1a9\n" +
+	"huge_pages\x18\x14 \x01(\bR\thugePages\x120\n" +
+	"\btopology\x18\x15 \x01(\v2\x14.mvirt.v1.VMTopologyR\btopology\x12\x1a\n" +
+	"\bwatchdog\x18\x16 \x01(\bR\bwatchdog\x12\x14\n" +
+	"\x05vsock\x18\x17 \x01(\rR\x05vsock\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x10\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"V\n" +
+	"\n" +
+	"VMTopology\x12\x18\n" +
+	"\asockets\x18\x01 \x01(\rR\asockets\x12\x14\n" +
+	"\x05cores\x18\x02 \x01(\rR\x05cores\x12\x18\n" +
+	"\athreads\x18\x03 \x01(\rR\athreads\"\x10\n" +
 	"\x0eListVMsRequest\"1\n" +
 	"\x0fListVMsResponse\x12\x1e\n" +
 	"\x03vms\x18\x01 \x03(\v2\f.mvirt.v1.VMR\x03vms\"\x9d\x03\n" +
@@ -7287,7 +7909,7 @@ const file_mvirt_v1_mvirt_proto_rawDesc = "" +
 	"\x03nic\x18\x02 \x01(\v2\x10.mvirt.v1.NewNICR\x03nic\"6\n" +
 	"\x10DetachNICRequest\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x10\n" +
-	"\x03nic\x18\x02 \x01(\tR\x03nic\"\xac\x01\n" +
+	"\x03nic\x18\x02 \x01(\tR\x03nic\"\xfc\x01\n" +
 	"\x06VMDisk\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n" +
 	"\tvolume_id\x18\x02 \x01(\tR\bvolumeId\x12\x1f\n" +
@@ -7296,7 +7918,9 @@ const file_mvirt_v1_mvirt_proto_rawDesc = "" +
 	"\n" +
 	"size_bytes\x18\x04 \x01(\x04R\tsizeBytes\x12\x1b\n" +
 	"\tread_only\x18\x05 \x01(\bR\breadOnly\x12\x14\n" +
-	"\x05owned\x18\x06 \x01(\bR\x05owned\"\xcb\x01\n" +
+	"\x05owned\x18\x06 \x01(\bR\x05owned\x12(\n" +
+	"\x10bytes_per_second\x18\a \x01(\x04R\x0ebytesPerSecond\x12$\n" +
+	"\x0eops_per_second\x18\b \x01(\x04R\fopsPerSecond\"\xcb\x01\n" +
 	"\x05VMNIC\x12\x15\n" +
 	"\x06nic_id\x18\x01 \x01(\tR\x05nicId\x12\x19\n" +
 	"\bnic_name\x18\x02 \x01(\tR\anicName\x12!\n" +
@@ -7306,7 +7930,7 @@ const file_mvirt_v1_mvirt_proto_rawDesc = "" +
 	"\x04ipv6\x18\x06 \x01(\tR\x04ipv6\x12\x14\n" +
 	"\x05owned\x18\a \x01(\bR\x05owned\x12\x1d\n" +
 	"\n" +
-	"network_id\x18\b \x01(\tR\tnetworkId\"\x81\b\n" +
+	"network_id\x18\b \x01(\tR\tnetworkId\"\xa7\t\n" +
 	"\x02VM\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
@@ -7348,7 +7972,13 @@ const file_mvirt_v1_mvirt_proto_rawDesc = "" +
 	"\x10max_memory_bytes\x18\x1c \x01(\x04R\x0emaxMemoryBytes\x123\n" +
 	"\n" +
 	"conditions\x18\x1d \x03(\v2\x13.mvirt.v1.ConditionR\n" +
-	"conditions\x1a9\n" +
+	"conditions\x120\n" +
+	"\btopology\x18\x1e \x01(\v2\x14.mvirt.v1.VMTopologyR\btopology\x12\x1a\n" +
+	"\bwatchdog\x18\x1f \x01(\bR\bwatchdog\x12\x14\n" +
+	"\x05vsock\x18  \x01(\rR\x05vsock\x12!\n" +
+	"\fvsock_socket\x18! \x01(\tR\vvsockSocket\x12\x1d\n" +
+	"\n" +
+	"huge_pages\x18\" \x01(\bR\thugePages\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"Y\n" +
@@ -7505,7 +8135,7 @@ const file_mvirt_v1_mvirt_proto_rawDesc = "" +
 	"\x04List\x12#.mvirt.v1.ListSecurityGroupsRequest\x1a$.mvirt.v1.ListSecurityGroupsResponse\x124\n" +
 	"\x03Get\x12\x14.mvirt.v1.RefRequest\x1a\x17.mvirt.v1.SecurityGroup\x12K\n" +
 	"\bSetRules\x12&.mvirt.v1.SetSecurityGroupRulesRequest\x1a\x17.mvirt.v1.SecurityGroup\x12;\n" +
-	"\x06Delete\x12\x17.mvirt.v1.DeleteRequest\x1a\x18.mvirt.v1.DeleteResponse2\xc3\a\n" +
+	"\x06Delete\x12\x17.mvirt.v1.DeleteRequest\x1a\x18.mvirt.v1.DeleteResponse2\xd2\t\n" +
 	"\x03VMs\x121\n" +
 	"\x06Create\x12\x19.mvirt.v1.CreateVMRequest\x1a\f.mvirt.v1.VM\x12;\n" +
 	"\x04List\x12\x18.mvirt.v1.ListVMsRequest\x1a\x19.mvirt.v1.ListVMsResponse\x12)\n" +
@@ -7524,7 +8154,11 @@ const file_mvirt_v1_mvirt_proto_rawDesc = "" +
 	"\tAttachNIC\x12\x1a.mvirt.v1.AttachNICRequest\x1a\f.mvirt.v1.VM\x125\n" +
 	"\tDetachNIC\x12\x1a.mvirt.v1.DetachNICRequest\x1a\f.mvirt.v1.VM\x127\n" +
 	"\x05Watch\x12\x19.mvirt.v1.WatchVMsRequest\x1a\x11.mvirt.v1.VMEvent0\x01\x126\n" +
-	"\bCounters\x12\x14.mvirt.v1.RefRequest\x1a\x14.mvirt.v1.VMCounters2\xbf\x01\n" +
+	"\bCounters\x12\x14.mvirt.v1.RefRequest\x1a\x14.mvirt.v1.VMCounters\x12=\n" +
+	"\bSnapshot\x12\x1b.mvirt.v1.SnapshotVMRequest\x1a\x14.mvirt.v1.VMSnapshot\x12T\n" +
+	"\rListSnapshots\x12 .mvirt.v1.ListVMSnapshotsRequest\x1a!.mvirt.v1.ListVMSnapshotsResponse\x12C\n" +
+	"\x0eDeleteSnapshot\x12\x17.mvirt.v1.DeleteRequest\x1a\x18.mvirt.v1.DeleteResponse\x123\n" +
+	"\aRestore\x12\x1a.mvirt.v1.RestoreVMRequest\x1a\f.mvirt.v1.VM2\xbf\x01\n" +
 	"\x04Logs\x12:\n" +
 	"\x05Query\x12\x1a.mvirt.v1.QueryLogsRequest\x1a\x13.mvirt.v1.LogResult0\x01\x126\n" +
 	"\x05Stats\x12\x19.mvirt.v1.LogStatsRequest\x1a\x12.mvirt.v1.LogStats\x12C\n" +
@@ -7542,7 +8176,7 @@ func file_mvirt_v1_mvirt_proto_rawDescGZIP() []byte {
 	return file_mvirt_v1_mvirt_proto_rawDescData
 }
 
-var file_mvirt_v1_mvirt_proto_msgTypes = make([]protoimpl.MessageInfo, 106)
+var file_mvirt_v1_mvirt_proto_msgTypes = make([]protoimpl.MessageInfo, 113)
 var file_mvirt_v1_mvirt_proto_goTypes = []any{
 	(*GetStatusRequest)(nil),             // 0: mvirt.v1.GetStatusRequest
 	(*Status)(nil),                       // 1: mvirt.v1.Status
@@ -7599,284 +8233,305 @@ var file_mvirt_v1_mvirt_proto_goTypes = []any{
 	(*ListSecurityGroupsResponse)(nil),   // 52: mvirt.v1.ListSecurityGroupsResponse
 	(*SetSecurityGroupRulesRequest)(nil), // 53: mvirt.v1.SetSecurityGroupRulesRequest
 	(*SecurityGroup)(nil),                // 54: mvirt.v1.SecurityGroup
-	(*NewDisk)(nil),                      // 55: mvirt.v1.NewDisk
-	(*NewNIC)(nil),                       // 56: mvirt.v1.NewNIC
-	(*CloudInit)(nil),                    // 57: mvirt.v1.CloudInit
-	(*CreateVMRequest)(nil),              // 58: mvirt.v1.CreateVMRequest
-	(*ListVMsRequest)(nil),               // 59: mvirt.v1.ListVMsRequest
-	(*ListVMsResponse)(nil),              // 60: mvirt.v1.ListVMsResponse
-	(*UpdateVMRequest)(nil),              // 61: mvirt.v1.UpdateVMRequest
-	(*StartVMRequest)(nil),               // 62: mvirt.v1.StartVMRequest
-	(*StopVMRequest)(nil),                // 63: mvirt.v1.StopVMRequest
-	(*RebootVMRequest)(nil),              // 64: mvirt.v1.RebootVMRequest
-	(*AttachVolumeRequest)(nil),          // 65: mvirt.v1.AttachVolumeRequest
-	(*DetachVolumeRequest)(nil),          // 66: mvirt.v1.DetachVolumeRequest
-	(*AttachNICRequest)(nil),             // 67: mvirt.v1.AttachNICRequest
-	(*DetachNICRequest)(nil),             // 68: mvirt.v1.DetachNICRequest
-	(*VMDisk)(nil),                       // 69: mvirt.v1.VMDisk
-	(*VMNIC)(nil),                        // 70: mvirt.v1.VMNIC
-	(*VM)(nil),                           // 71: mvirt.v1.VM
-	(*ConsoleInput)(nil),                 // 72: mvirt.v1.ConsoleInput
-	(*ConsoleOpen)(nil),                  // 73: mvirt.v1.ConsoleOpen
-	(*ConsoleOutput)(nil),                // 74: mvirt.v1.ConsoleOutput
-	(*WatchVMsRequest)(nil),              // 75: mvirt.v1.WatchVMsRequest
-	(*VMEvent)(nil),                      // 76: mvirt.v1.VMEvent
-	(*VMCounters)(nil),                   // 77: mvirt.v1.VMCounters
-	(*DeviceCounters)(nil),               // 78: mvirt.v1.DeviceCounters
-	(*QueryLogsRequest)(nil),             // 79: mvirt.v1.QueryLogsRequest
-	(*LogEntry)(nil),                     // 80: mvirt.v1.LogEntry
-	(*LogResult)(nil),                    // 81: mvirt.v1.LogResult
-	(*LogStatsRequest)(nil),              // 82: mvirt.v1.LogStatsRequest
-	(*LogStats)(nil),                     // 83: mvirt.v1.LogStats
-	(*VerifyLogsRequest)(nil),            // 84: mvirt.v1.VerifyLogsRequest
-	(*VerifyLogsResponse)(nil),           // 85: mvirt.v1.VerifyLogsResponse
-	(*VerifyBreak)(nil),                  // 86: mvirt.v1.VerifyBreak
-	nil,                                  // 87: mvirt.v1.Event.LabelsEntry
-	nil,                                  // 88: mvirt.v1.ImportTemplateRequest.LabelsEntry
-	nil,                                  // 89: mvirt.v1.CreateTemplateRequest.LabelsEntry
-	nil,                                  // 90: mvirt.v1.Template.LabelsEntry
-	nil,                                  // 91: mvirt.v1.CreateVolumeRequest.LabelsEntry
-	nil,                                  // 92: mvirt.v1.Volume.LabelsEntry
-	nil,                                  // 93: mvirt.v1.CreateSnapshotRequest.LabelsEntry
-	nil,                                  // 94: mvirt.v1.Snapshot.LabelsEntry
-	nil,                                  // 95: mvirt.v1.CreateNetworkRequest.LabelsEntry
-	nil,                                  // 96: mvirt.v1.Network.LabelsEntry
-	nil,                                  // 97: mvirt.v1.CreateNICRequest.LabelsEntry
-	nil,                                  // 98: mvirt.v1.NIC.LabelsEntry
-	nil,                                  // 99: mvirt.v1.CreateSecurityGroupRequest.LabelsEntry
-	nil,                                  // 100: mvirt.v1.SecurityGroup.LabelsEntry
-	nil,                                  // 101: mvirt.v1.CreateVMRequest.LabelsEntry
-	nil,                                  // 102: mvirt.v1.VM.LabelsEntry
-	nil,                                  // 103: mvirt.v1.QueryLogsRequest.LabelsEntry
-	nil,                                  // 104: mvirt.v1.LogEntry.LabelsEntry
-	nil,                                  // 105: mvirt.v1.LogStats.ByLevelEntry
-	(*timestamppb.Timestamp)(nil),        // 106: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),          // 107: google.protobuf.Duration
+	(*SnapshotVMRequest)(nil),            // 55: mvirt.v1.SnapshotVMRequest
+	(*VMSnapshot)(nil),                   // 56: mvirt.v1.VMSnapshot
+	(*VMSnapshotDisk)(nil),               // 57: mvirt.v1.VMSnapshotDisk
+	(*ListVMSnapshotsRequest)(nil),       // 58: mvirt.v1.ListVMSnapshotsRequest
+	(*ListVMSnapshotsResponse)(nil),      // 59: mvirt.v1.ListVMSnapshotsResponse
+	(*RestoreVMRequest)(nil),             // 60: mvirt.v1.RestoreVMRequest
+	(*NewDisk)(nil),                      // 61: mvirt.v1.NewDisk
+	(*NewNIC)(nil),                       // 62: mvirt.v1.NewNIC
+	(*CloudInit)(nil),                    // 63: mvirt.v1.CloudInit
+	(*CreateVMRequest)(nil),              // 64: mvirt.v1.CreateVMRequest
+	(*VMTopology)(nil),                   // 65: mvirt.v1.VMTopology
+	(*ListVMsRequest)(nil),               // 66: mvirt.v1.ListVMsRequest
+	(*ListVMsResponse)(nil),              // 67: mvirt.v1.ListVMsResponse
+	(*UpdateVMRequest)(nil),              // 68: mvirt.v1.UpdateVMRequest
+	(*StartVMRequest)(nil),               // 69: mvirt.v1.StartVMRequest
+	(*StopVMRequest)(nil),                // 70: mvirt.v1.StopVMRequest
+	(*RebootVMRequest)(nil),              // 71: mvirt.v1.RebootVMRequest
+	(*AttachVolumeRequest)(nil),          // 72: mvirt.v1.AttachVolumeRequest
+	(*DetachVolumeRequest)(nil),          // 73: mvirt.v1.DetachVolumeRequest
+	(*AttachNICRequest)(nil),             // 74: mvirt.v1.AttachNICRequest
+	(*DetachNICRequest)(nil),             // 75: mvirt.v1.DetachNICRequest
+	(*VMDisk)(nil),                       // 76: mvirt.v1.VMDisk
+	(*VMNIC)(nil),                        // 77: mvirt.v1.VMNIC
+	(*VM)(nil),                           // 78: mvirt.v1.VM
+	(*ConsoleInput)(nil),                 // 79: mvirt.v1.ConsoleInput
+	(*ConsoleOpen)(nil),                  // 80: mvirt.v1.ConsoleOpen
+	(*ConsoleOutput)(nil),                // 81: mvirt.v1.ConsoleOutput
+	(*WatchVMsRequest)(nil),              // 82: mvirt.v1.WatchVMsRequest
+	(*VMEvent)(nil),                      // 83: mvirt.v1.VMEvent
+	(*VMCounters)(nil),                   // 84: mvirt.v1.VMCounters
+	(*DeviceCounters)(nil),               // 85: mvirt.v1.DeviceCounters
+	(*QueryLogsRequest)(nil),             // 86: mvirt.v1.QueryLogsRequest
+	(*LogEntry)(nil),                     // 87: mvirt.v1.LogEntry
+	(*LogResult)(nil),                    // 88: mvirt.v1.LogResult
+	(*LogStatsRequest)(nil),              // 89: mvirt.v1.LogStatsRequest
+	(*LogStats)(nil),                     // 90: mvirt.v1.LogStats
+	(*VerifyLogsRequest)(nil),            // 91: mvirt.v1.VerifyLogsRequest
+	(*VerifyLogsResponse)(nil),           // 92: mvirt.v1.VerifyLogsResponse
+	(*VerifyBreak)(nil),                  // 93: mvirt.v1.VerifyBreak
+	nil,                                  // 94: mvirt.v1.Event.LabelsEntry
+	nil,                                  // 95: mvirt.v1.ImportTemplateRequest.LabelsEntry
+	nil,                                  // 96: mvirt.v1.CreateTemplateRequest.LabelsEntry
+	nil,                                  // 97: mvirt.v1.Template.LabelsEntry
+	nil,                                  // 98: mvirt.v1.CreateVolumeRequest.LabelsEntry
+	nil,                                  // 99: mvirt.v1.Volume.LabelsEntry
+	nil,                                  // 100: mvirt.v1.CreateSnapshotRequest.LabelsEntry
+	nil,                                  // 101: mvirt.v1.Snapshot.LabelsEntry
+	nil,                                  // 102: mvirt.v1.CreateNetworkRequest.LabelsEntry
+	nil,                                  // 103: mvirt.v1.Network.LabelsEntry
+	nil,                                  // 104: mvirt.v1.CreateNICRequest.LabelsEntry
+	nil,                                  // 105: mvirt.v1.NIC.LabelsEntry
+	nil,                                  // 106: mvirt.v1.CreateSecurityGroupRequest.LabelsEntry
+	nil,                                  // 107: mvirt.v1.SecurityGroup.LabelsEntry
+	nil,                                  // 108: mvirt.v1.CreateVMRequest.LabelsEntry
+	nil,                                  // 109: mvirt.v1.VM.LabelsEntry
+	nil,                                  // 110: mvirt.v1.QueryLogsRequest.LabelsEntry
+	nil,                                  // 111: mvirt.v1.LogEntry.LabelsEntry
+	nil,                                  // 112: mvirt.v1.LogStats.ByLevelEntry
+	(*timestamppb.Timestamp)(nil),        // 113: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),          // 114: google.protobuf.Duration
 }
 var file_mvirt_v1_mvirt_proto_depIdxs = []int32{
-	106, // 0: mvirt.v1.Status.started_at:type_name -> google.protobuf.Timestamp
+	113, // 0: mvirt.v1.Status.started_at:type_name -> google.protobuf.Timestamp
 	10,  // 1: mvirt.v1.Status.plugins:type_name -> mvirt.v1.Plugin
 	3,   // 2: mvirt.v1.Status.conditions:type_name -> mvirt.v1.Condition
 	2,   // 3: mvirt.v1.Status.storage:type_name -> mvirt.v1.StorageStats
-	106, // 4: mvirt.v1.Condition.since:type_name -> google.protobuf.Timestamp
-	106, // 5: mvirt.v1.Event.time:type_name -> google.protobuf.Timestamp
-	87,  // 6: mvirt.v1.Event.labels:type_name -> mvirt.v1.Event.LabelsEntry
+	113, // 4: mvirt.v1.Condition.since:type_name -> google.protobuf.Timestamp
+	113, // 5: mvirt.v1.Event.time:type_name -> google.protobuf.Timestamp
+	94,  // 6: mvirt.v1.Event.labels:type_name -> mvirt.v1.Event.LabelsEntry
 	10,  // 7: mvirt.v1.ListPluginsResponse.plugins:type_name -> mvirt.v1.Plugin
-	106, // 8: mvirt.v1.Plugin.started_at:type_name -> google.protobuf.Timestamp
-	106, // 9: mvirt.v1.Plugin.last_exit_at:type_name -> google.protobuf.Timestamp
+	113, // 8: mvirt.v1.Plugin.started_at:type_name -> google.protobuf.Timestamp
+	113, // 9: mvirt.v1.Plugin.last_exit_at:type_name -> google.protobuf.Timestamp
 	3,   // 10: mvirt.v1.Plugin.conditions:type_name -> mvirt.v1.Condition
-	106, // 11: mvirt.v1.Plugin.next_start_at:type_name -> google.protobuf.Timestamp
+	113, // 11: mvirt.v1.Plugin.next_start_at:type_name -> google.protobuf.Timestamp
 	14,  // 12: mvirt.v1.ListOperationsResponse.operations:type_name -> mvirt.v1.Operation
-	106, // 13: mvirt.v1.Operation.started_at:type_name -> google.protobuf.Timestamp
-	106, // 14: mvirt.v1.Operation.ended_at:type_name -> google.protobuf.Timestamp
-	88,  // 15: mvirt.v1.ImportTemplateRequest.labels:type_name -> mvirt.v1.ImportTemplateRequest.LabelsEntry
-	106, // 16: mvirt.v1.Import.started_at:type_name -> google.protobuf.Timestamp
-	106, // 17: mvirt.v1.Import.ended_at:type_name -> google.protobuf.Timestamp
+	113, // 13: mvirt.v1.Operation.started_at:type_name -> google.protobuf.Timestamp
+	113, // 14: mvirt.v1.Operation.ended_at:type_name -> google.protobuf.Timestamp
+	95,  // 15: mvirt.v1.ImportTemplateRequest.labels:type_name -> mvirt.v1.ImportTemplateRequest.LabelsEntry
+	113, // 16: mvirt.v1.Import.started_at:type_name -> google.protobuf.Timestamp
+	113, // 17: mvirt.v1.Import.ended_at:type_name -> google.protobuf.Timestamp
 	26,  // 18: mvirt.v1.Import.template:type_name -> mvirt.v1.Template
 	16,  // 19: mvirt.v1.ListImportsResponse.imports:type_name -> mvirt.v1.Import
-	89,  // 20: mvirt.v1.CreateTemplateRequest.labels:type_name -> mvirt.v1.CreateTemplateRequest.LabelsEntry
+	96,  // 20: mvirt.v1.CreateTemplateRequest.labels:type_name -> mvirt.v1.CreateTemplateRequest.LabelsEntry
 	26,  // 21: mvirt.v1.ListTemplatesResponse.templates:type_name -> mvirt.v1.Template
-	106, // 22: mvirt.v1.Template.created_at:type_name -> google.protobuf.Timestamp
-	90,  // 23: mvirt.v1.Template.labels:type_name -> mvirt.v1.Template.LabelsEntry
-	91,  // 24: mvirt.v1.CreateVolumeRequest.labels:type_name -> mvirt.v1.CreateVolumeRequest.LabelsEntry
+	113, // 22: mvirt.v1.Template.created_at:type_name -> google.protobuf.Timestamp
+	97,  // 23: mvirt.v1.Template.labels:type_name -> mvirt.v1.Template.LabelsEntry
+	98,  // 24: mvirt.v1.CreateVolumeRequest.labels:type_name -> mvirt.v1.CreateVolumeRequest.LabelsEntry
 	31,  // 25: mvirt.v1.ListVolumesResponse.volumes:type_name -> mvirt.v1.Volume
-	106, // 26: mvirt.v1.Volume.created_at:type_name -> google.protobuf.Timestamp
-	92,  // 27: mvirt.v1.Volume.labels:type_name -> mvirt.v1.Volume.LabelsEntry
+	113, // 26: mvirt.v1.Volume.created_at:type_name -> google.protobuf.Timestamp
+	99,  // 27: mvirt.v1.Volume.labels:type_name -> mvirt.v1.Volume.LabelsEntry
 	32,  // 28: mvirt.v1.Volume.users:type_name -> mvirt.v1.VolumeUser
-	93,  // 29: mvirt.v1.CreateSnapshotRequest.labels:type_name -> mvirt.v1.CreateSnapshotRequest.LabelsEntry
+	100, // 29: mvirt.v1.CreateSnapshotRequest.labels:type_name -> mvirt.v1.CreateSnapshotRequest.LabelsEntry
 	37,  // 30: mvirt.v1.ListSnapshotsResponse.snapshots:type_name -> mvirt.v1.Snapshot
-	106, // 31: mvirt.v1.Snapshot.created_at:type_name -> google.protobuf.Timestamp
-	94,  // 32: mvirt.v1.Snapshot.labels:type_name -> mvirt.v1.Snapshot.LabelsEntry
-	95,  // 33: mvirt.v1.CreateNetworkRequest.labels:type_name -> mvirt.v1.CreateNetworkRequest.LabelsEntry
+	113, // 31: mvirt.v1.Snapshot.created_at:type_name -> google.protobuf.Timestamp
+	101, // 32: mvirt.v1.Snapshot.labels:type_name -> mvirt.v1.Snapshot.LabelsEntry
+	102, // 33: mvirt.v1.CreateNetworkRequest.labels:type_name -> mvirt.v1.CreateNetworkRequest.LabelsEntry
 	43,  // 34: mvirt.v1.ListNetworksResponse.networks:type_name -> mvirt.v1.Network
 	41,  // 35: mvirt.v1.UpdateNetworkRequest.dns:type_name -> mvirt.v1.StringList
 	41,  // 36: mvirt.v1.UpdateNetworkRequest.ntp:type_name -> mvirt.v1.StringList
-	96,  // 37: mvirt.v1.Network.labels:type_name -> mvirt.v1.Network.LabelsEntry
-	106, // 38: mvirt.v1.Network.created_at:type_name -> google.protobuf.Timestamp
-	97,  // 39: mvirt.v1.CreateNICRequest.labels:type_name -> mvirt.v1.CreateNICRequest.LabelsEntry
+	103, // 37: mvirt.v1.Network.labels:type_name -> mvirt.v1.Network.LabelsEntry
+	113, // 38: mvirt.v1.Network.created_at:type_name -> google.protobuf.Timestamp
+	104, // 39: mvirt.v1.CreateNICRequest.labels:type_name -> mvirt.v1.CreateNICRequest.LabelsEntry
 	48,  // 40: mvirt.v1.ListNICsResponse.nics:type_name -> mvirt.v1.NIC
 	41,  // 41: mvirt.v1.UpdateNICRequest.routed_prefixes:type_name -> mvirt.v1.StringList
 	41,  // 42: mvirt.v1.UpdateNICRequest.security_groups:type_name -> mvirt.v1.StringList
-	98,  // 43: mvirt.v1.NIC.labels:type_name -> mvirt.v1.NIC.LabelsEntry
-	106, // 44: mvirt.v1.NIC.created_at:type_name -> google.protobuf.Timestamp
+	105, // 43: mvirt.v1.NIC.labels:type_name -> mvirt.v1.NIC.LabelsEntry
+	113, // 44: mvirt.v1.NIC.created_at:type_name -> google.protobuf.Timestamp
 	49,  // 45: mvirt.v1.CreateSecurityGroupRequest.rules:type_name -> mvirt.v1.Rule
-	99,  // 46: mvirt.v1.CreateSecurityGroupRequest.labels:type_name -> mvirt.v1.CreateSecurityGroupRequest.LabelsEntry
+	106, // 46: mvirt.v1.CreateSecurityGroupRequest.labels:type_name -> mvirt.v1.CreateSecurityGroupRequest.LabelsEntry
 	54,  // 47: mvirt.v1.ListSecurityGroupsResponse.security_groups:type_name -> mvirt.v1.SecurityGroup
 	49,  // 48: mvirt.v1.SetSecurityGroupRulesRequest.rules:type_name -> mvirt.v1.Rule
 	49,  // 49: mvirt.v1.SecurityGroup.rules:type_name -> mvirt.v1.Rule
-	100, // 50: mvirt.v1.SecurityGroup.labels:type_name -> mvirt.v1.SecurityGroup.LabelsEntry
-	106, // 51: mvirt.v1.SecurityGroup.created_at:type_name -> google.protobuf.Timestamp
-	55,  // 52: mvirt.v1.CreateVMRequest.disks:type_name -> mvirt.v1.NewDisk
-	56,  // 53: mvirt.v1.CreateVMRequest.nics:type_name -> mvirt.v1.NewNIC
-	57,  // 54: mvirt.v1.CreateVMRequest.cloud_init:type_name -> mvirt.v1.CloudInit
-	101, // 55: mvirt.v1.CreateVMRequest.labels:type_name -> mvirt.v1.CreateVMRequest.LabelsEntry
-	71,  // 56: mvirt.v1.ListVMsResponse.vms:type_name -> mvirt.v1.VM
-	57,  // 57: mvirt.v1.UpdateVMRequest.cloud_init:type_name -> mvirt.v1.CloudInit
-	107, // 58: mvirt.v1.StopVMRequest.timeout:type_name -> google.protobuf.Duration
-	107, // 59: mvirt.v1.RebootVMRequest.timeout:type_name -> google.protobuf.Duration
-	55,  // 60: mvirt.v1.AttachVolumeRequest.disk:type_name -> mvirt.v1.NewDisk
-	56,  // 61: mvirt.v1.AttachNICRequest.nic:type_name -> mvirt.v1.NewNIC
-	106, // 62: mvirt.v1.VM.since:type_name -> google.protobuf.Timestamp
-	69,  // 63: mvirt.v1.VM.disks:type_name -> mvirt.v1.VMDisk
-	70,  // 64: mvirt.v1.VM.nics:type_name -> mvirt.v1.VMNIC
-	102, // 65: mvirt.v1.VM.labels:type_name -> mvirt.v1.VM.LabelsEntry
-	106, // 66: mvirt.v1.VM.created_at:type_name -> google.protobuf.Timestamp
-	106, // 67: mvirt.v1.VM.started_at:type_name -> google.protobuf.Timestamp
-	57,  // 68: mvirt.v1.VM.cloud_init:type_name -> mvirt.v1.CloudInit
-	3,   // 69: mvirt.v1.VM.conditions:type_name -> mvirt.v1.Condition
-	73,  // 70: mvirt.v1.ConsoleInput.open:type_name -> mvirt.v1.ConsoleOpen
-	106, // 71: mvirt.v1.VMEvent.time:type_name -> google.protobuf.Timestamp
-	71,  // 72: mvirt.v1.VMEvent.vm:type_name -> mvirt.v1.VM
-	107, // 73: mvirt.v1.VMCounters.cpu_time:type_name -> google.protobuf.Duration
-	78,  // 74: mvirt.v1.VMCounters.devices:type_name -> mvirt.v1.DeviceCounters
-	106, // 75: mvirt.v1.QueryLogsRequest.since:type_name -> google.protobuf.Timestamp
-	106, // 76: mvirt.v1.QueryLogsRequest.until:type_name -> google.protobuf.Timestamp
-	103, // 77: mvirt.v1.QueryLogsRequest.labels:type_name -> mvirt.v1.QueryLogsRequest.LabelsEntry
-	106, // 78: mvirt.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
-	104, // 79: mvirt.v1.LogEntry.labels:type_name -> mvirt.v1.LogEntry.LabelsEntry
-	80,  // 80: mvirt.v1.LogResult.entry:type_name -> mvirt.v1.LogEntry
-	106, // 81: mvirt.v1.LogStats.oldest:type_name -> google.protobuf.Timestamp
-	106, // 82: mvirt.v1.LogStats.newest:type_name -> google.protobuf.Timestamp
-	105, // 83: mvirt.v1.LogStats.by_level:type_name -> mvirt.v1.LogStats.ByLevelEntry
-	106, // 84: mvirt.v1.VerifyLogsRequest.since:type_name -> google.protobuf.Timestamp
-	106, // 85: mvirt.v1.VerifyLogsRequest.until:type_name -> google.protobuf.Timestamp
-	86,  // 86: mvirt.v1.VerifyLogsResponse.breaks:type_name -> mvirt.v1.VerifyBreak
-	106, // 87: mvirt.v1.VerifyBreak.time:type_name -> google.protobuf.Timestamp
-	0,   // 88: mvirt.v1.System.GetStatus:input_type -> mvirt.v1.GetStatusRequest
-	4,   // 89: mvirt.v1.System.WatchEvents:input_type -> mvirt.v1.WatchEventsRequest
-	6,   // 90: mvirt.v1.Plugins.List:input_type -> mvirt.v1.ListPluginsRequest
-	8,   // 91: mvirt.v1.Plugins.Get:input_type -> mvirt.v1.GetPluginRequest
-	9,   // 92: mvirt.v1.Plugins.Restart:input_type -> mvirt.v1.RestartPluginRequest
-	12,  // 93: mvirt.v1.Operations.List:input_type -> mvirt.v1.ListOperationsRequest
-	11,  // 94: mvirt.v1.Operations.Get:input_type -> mvirt.v1.RefRequest
-	11,  // 95: mvirt.v1.Operations.Watch:input_type -> mvirt.v1.RefRequest
-	11,  // 96: mvirt.v1.Operations.Cancel:input_type -> mvirt.v1.RefRequest
-	15,  // 97: mvirt.v1.Templates.Import:input_type -> mvirt.v1.ImportTemplateRequest
-	17,  // 98: mvirt.v1.Templates.ListImports:input_type -> mvirt.v1.ListImportsRequest
-	11,  // 99: mvirt.v1.Templates.WatchImport:input_type -> mvirt.v1.RefRequest
-	11,  // 100: mvirt.v1.Templates.CancelImport:input_type -> mvirt.v1.RefRequest
-	20,  // 101: mvirt.v1.Templates.Create:input_type -> mvirt.v1.CreateTemplateRequest
-	21,  // 102: mvirt.v1.Templates.List:input_type -> mvirt.v1.ListTemplatesRequest
-	11,  // 103: mvirt.v1.Templates.Get:input_type -> mvirt.v1.RefRequest
-	23,  // 104: mvirt.v1.Templates.Rename:input_type -> mvirt.v1.RenameRequest
-	24,  // 105: mvirt.v1.Templates.Delete:input_type -> mvirt.v1.DeleteRequest
-	27,  // 106: mvirt.v1.Volumes.Create:input_type -> mvirt.v1.CreateVolumeRequest
-	28,  // 107: mvirt.v1.Volumes.List:input_type -> mvirt.v1.ListVolumesRequest
-	11,  // 108: mvirt.v1.Volumes.Get:input_type -> mvirt.v1.RefRequest
-	30,  // 109: mvirt.v1.Volumes.Resize:input_type -> mvirt.v1.ResizeVolumeRequest
-	23,  // 110: mvirt.v1.Volumes.Rename:input_type -> mvirt.v1.RenameRequest
-	24,  // 111: mvirt.v1.Volumes.Delete:input_type -> mvirt.v1.DeleteRequest
-	33,  // 112: mvirt.v1.Snapshots.Create:input_type -> mvirt.v1.CreateSnapshotRequest
-	34,  // 113: mvirt.v1.Snapshots.List:input_type -> mvirt.v1.ListSnapshotsRequest
-	11,  // 114: mvirt.v1.Snapshots.Get:input_type -> mvirt.v1.RefRequest
-	36,  // 115: mvirt.v1.Snapshots.Rollback:input_type -> mvirt.v1.RollbackRequest
-	24,  // 116: mvirt.v1.Snapshots.Delete:input_type -> mvirt.v1.DeleteRequest
-	38,  // 117: mvirt.v1.Networks.Create:input_type -> mvirt.v1.CreateNetworkRequest
-	39,  // 118: mvirt.v1.Networks.List:input_type -> mvirt.v1.ListNetworksRequest
-	11,  // 119: mvirt.v1.Networks.Get:input_type -> mvirt.v1.RefRequest
-	42,  // 120: mvirt.v1.Networks.Update:input_type -> mvirt.v1.UpdateNetworkRequest
-	24,  // 121: mvirt.v1.Networks.Delete:input_type -> mvirt.v1.DeleteRequest
-	44,  // 122: mvirt.v1.NICs.Create:input_type -> mvirt.v1.CreateNICRequest
-	45,  // 123: mvirt.v1.NICs.List:input_type -> mvirt.v1.ListNICsRequest
-	11,  // 124: mvirt.v1.NICs.Get:input_type -> mvirt.v1.RefRequest
-	47,  // 125: mvirt.v1.NICs.Update:input_type -> mvirt.v1.UpdateNICRequest
-	24,  // 126: mvirt.v1.NICs.Delete:input_type -> mvirt.v1.DeleteRequest
-	50,  // 127: mvirt.v1.SecurityGroups.Create:input_type -> mvirt.v1.CreateSecurityGroupRequest
-	51,  // 128: mvirt.v1.SecurityGroups.List:input_type -> mvirt.v1.ListSecurityGroupsRequest
-	11,  // 129: mvirt.v1.SecurityGroups.Get:input_type -> mvirt.v1.RefRequest
-	53,  // 130: mvirt.v1.SecurityGroups.SetRules:input_type -> mvirt.v1.SetSecurityGroupRulesRequest
-	24,  // 131: mvirt.v1.SecurityGroups.Delete:input_type -> mvirt.v1.DeleteRequest
-	58,  // 132: mvirt.v1.VMs.Create:input_type -> mvirt.v1.CreateVMRequest
-	59,  // 133: mvirt.v1.VMs.List:input_type -> mvirt.v1.ListVMsRequest
-	11,  // 134: mvirt.v1.VMs.Get:input_type -> mvirt.v1.RefRequest
-	61,  // 135: mvirt.v1.VMs.Update:input_type -> mvirt.v1.UpdateVMRequest
-	24,  // 136: mvirt.v1.VMs.Delete:input_type -> mvirt.v1.DeleteRequest
-	62,  // 137: mvirt.v1.VMs.Start:input_type -> mvirt.v1.StartVMRequest
-	63,  // 138: mvirt.v1.VMs.Stop:input_type -> mvirt.v1.StopVMRequest
-	11,  // 139: mvirt.v1.VMs.Kill:input_type -> mvirt.v1.RefRequest
-	11,  // 140: mvirt.v1.VMs.Pause:input_type -> mvirt.v1.RefRequest
-	11,  // 141: mvirt.v1.VMs.Resume:input_type -> mvirt.v1.RefRequest
-	64,  // 142: mvirt.v1.VMs.Reboot:input_type -> mvirt.v1.RebootVMRequest
-	72,  // 143: mvirt.v1.VMs.Console:input_type -> mvirt.v1.ConsoleInput
-	65,  // 144: mvirt.v1.VMs.AttachVolume:input_type -> mvirt.v1.AttachVolumeRequest
-	66,  // 145: mvirt.v1.VMs.DetachVolume:input_type -> mvirt.v1.DetachVolumeRequest
-	67,  // 146: mvirt.v1.VMs.AttachNIC:input_type -> mvirt.v1.AttachNICRequest
-	68,  // 147: mvirt.v1.VMs.DetachNIC:input_type -> mvirt.v1.DetachNICRequest
-	75,  // 148: mvirt.v1.VMs.Watch:input_type -> mvirt.v1.WatchVMsRequest
-	11,  // 149: mvirt.v1.VMs.Counters:input_type -> mvirt.v1.RefRequest
-	79,  // 150: mvirt.v1.Logs.Query:input_type -> mvirt.v1.QueryLogsRequest
-	82,  // 151: mvirt.v1.Logs.Stats:input_type -> mvirt.v1.LogStatsRequest
-	84,  // 152: mvirt.v1.Logs.Verify:input_type -> mvirt.v1.VerifyLogsRequest
-	1,   // 153: mvirt.v1.System.GetStatus:output_type -> mvirt.v1.Status
-	5,   // 154: mvirt.v1.System.WatchEvents:output_type -> mvirt.v1.Event
-	7,   // 155: mvirt.v1.Plugins.List:output_type -> mvirt.v1.ListPluginsResponse
-	10,  // 156: mvirt.v1.Plugins.Get:output_type -> mvirt.v1.Plugin
-	10,  // 157: mvirt.v1.Plugins.Restart:output_type -> mvirt.v1.Plugin
-	13,  // 158: mvirt.v1.Operations.List:output_type -> mvirt.v1.ListOperationsResponse
-	14,  // 159: mvirt.v1.Operations.Get:output_type -> mvirt.v1.Operation
-	14,  // 160: mvirt.v1.Operations.Watch:output_type -> mvirt.v1.Operation
-	14,  // 161: mvirt.v1.Operations.Cancel:output_type -> mvirt.v1.Operation
-	16,  // 162: mvirt.v1.Templates.Import:output_type -> mvirt.v1.Import
-	18,  // 163: mvirt.v1.Templates.ListImports:output_type -> mvirt.v1.ListImportsResponse
-	16,  // 164: mvirt.v1.Templates.WatchImport:output_type -> mvirt.v1.Import
-	19,  // 165: mvirt.v1.Templates.CancelImport:output_type -> mvirt.v1.CancelImportResponse
-	26,  // 166: mvirt.v1.Templates.Create:output_type -> mvirt.v1.Template
-	22,  // 167: mvirt.v1.Templates.List:output_type -> mvirt.v1.ListTemplatesResponse
-	26,  // 168: mvirt.v1.Templates.Get:output_type -> mvirt.v1.Template
-	26,  // 169: mvirt.v1.Templates.Rename:output_type -> mvirt.v1.Template
-	25,  // 170: mvirt.v1.Templates.Delete:output_type -> mvirt.v1.DeleteResponse
-	31,  // 171: mvirt.v1.Volumes.Create:output_type -> mvirt.v1.Volume
-	29,  // 172: mvirt.v1.Volumes.List:output_type -> mvirt.v1.ListVolumesResponse
-	31,  // 173: mvirt.v1.Volumes.Get:output_type -> mvirt.v1.Volume
-	31,  // 174: mvirt.v1.Volumes.Resize:output_type -> mvirt.v1.Volume
-	31,  // 175: mvirt.v1.Volumes.Rename:output_type -> mvirt.v1.Volume
-	25,  // 176: mvirt.v1.Volumes.Delete:output_type -> mvirt.v1.DeleteResponse
-	37,  // 177: mvirt.v1.Snapshots.Create:output_type -> mvirt.v1.Snapshot
-	35,  // 178: mvirt.v1.Snapshots.List:output_type -> mvirt.v1.ListSnapshotsResponse
-	37,  // 179: mvirt.v1.Snapshots.Get:output_type -> mvirt.v1.Snapshot
-	31,  // 180: mvirt.v1.Snapshots.Rollback:output_type -> mvirt.v1.Volume
-	25,  // 181: mvirt.v1.Snapshots.Delete:output_type -> mvirt.v1.DeleteResponse
-	43,  // 182: mvirt.v1.Networks.Create:output_type -> mvirt.v1.Network
-	40,  // 183: mvirt.v1.Networks.List:output_type -> mvirt.v1.ListNetworksResponse
-	43,  // 184: mvirt.v1.Networks.Get:output_type -> mvirt.v1.Network
-	43,  // 185: mvirt.v1.Networks.Update:output_type -> mvirt.v1.Network
-	25,  // 186: mvirt.v1.Networks.Delete:output_type -> mvirt.v1.DeleteResponse
-	48,  // 187: mvirt.v1.NICs.Create:output_type -> mvirt.v1.NIC
-	46,  // 188: mvirt.v1.NICs.List:output_type -> mvirt.v1.ListNICsResponse
-	48,  // 189: mvirt.v1.NICs.Get:output_type -> mvirt.v1.NIC
-	48,  // 190: mvirt.v1.NICs.Update:output_type -> mvirt.v1.NIC
-	25,  // 191: mvirt.v1.NICs.Delete:output_type -> mvirt.v1.DeleteResponse
-	54,  // 192: mvirt.v1.SecurityGroups.Create:output_type -> mvirt.v1.SecurityGroup
-	52,  // 193: mvirt.v1.SecurityGroups.List:output_type -> mvirt.v1.ListSecurityGroupsResponse
-	54,  // 194: mvirt.v1.SecurityGroups.Get:output_type -> mvirt.v1.SecurityGroup
-	54,  // 195: mvirt.v1.SecurityGroups.SetRules:output_type -> mvirt.v1.SecurityGroup
-	25,  // 196: mvirt.v1.SecurityGroups.Delete:output_type -> mvirt.v1.DeleteResponse
-	71,  // 197: mvirt.v1.VMs.Create:output_type -> mvirt.v1.VM
-	60,  // 198: mvirt.v1.VMs.List:output_type -> mvirt.v1.ListVMsResponse
-	71,  // 199: mvirt.v1.VMs.Get:output_type -> mvirt.v1.VM
-	71,  // 200: mvirt.v1.VMs.Update:output_type -> mvirt.v1.VM
-	25,  // 201: mvirt.v1.VMs.Delete:output_type -> mvirt.v1.DeleteResponse
-	71,  // 202: mvirt.v1.VMs.Start:output_type -> mvirt.v1.VM
-	71,  // 203: mvirt.v1.VMs.Stop:output_type -> mvirt.v1.VM
-	71,  // 204: mvirt.v1.VMs.Kill:output_type -> mvirt.v1.VM
-	71,  // 205: mvirt.v1.VMs.Pause:output_type -> mvirt.v1.VM
-	71,  // 206: mvirt.v1.VMs.Resume:output_type -> mvirt.v1.VM
-	71,  // 207: mvirt.v1.VMs.Reboot:output_type -> mvirt.v1.VM
-	74,  // 208: mvirt.v1.VMs.Console:output_type -> mvirt.v1.ConsoleOutput
-	71,  // 209: mvirt.v1.VMs.AttachVolume:output_type -> mvirt.v1.VM
-	71,  // 210: mvirt.v1.VMs.DetachVolume:output_type -> mvirt.v1.VM
-	71,  // 211: mvirt.v1.VMs.AttachNIC:output_type -> mvirt.v1.VM
-	71,  // 212: mvirt.v1.VMs.DetachNIC:output_type -> mvirt.v1.VM
-	76,  // 213: mvirt.v1.VMs.Watch:output_type -> mvirt.v1.VMEvent
-	77,  // 214: mvirt.v1.VMs.Counters:output_type -> mvirt.v1.VMCounters
-	81,  // 215: mvirt.v1.Logs.Query:output_type -> mvirt.v1.LogResult
-	83,  // 216: mvirt.v1.Logs.Stats:output_type -> mvirt.v1.LogStats
-	85,  // 217: mvirt.v1.Logs.Verify:output_type -> mvirt.v1.VerifyLogsResponse
-	153, // [153:218] is the sub-list for method output_type
-	88,  // [88:153] is the sub-list for method input_type
-	88,  // [88:88] is the sub-list for extension type_name
-	88,  // [88:88] is the sub-list for extension extendee
-	0,   // [0:88] is the sub-list for field type_name
+	107, // 50: mvirt.v1.SecurityGroup.labels:type_name -> mvirt.v1.SecurityGroup.LabelsEntry
+	113, // 51: mvirt.v1.SecurityGroup.created_at:type_name -> google.protobuf.Timestamp
+	113, // 52: mvirt.v1.VMSnapshot.created_at:type_name -> google.protobuf.Timestamp
+	57,  // 53: mvirt.v1.VMSnapshot.disks:type_name -> mvirt.v1.VMSnapshotDisk
+	56,  // 54: mvirt.v1.ListVMSnapshotsResponse.snapshots:type_name -> mvirt.v1.VMSnapshot
+	62,  // 55: mvirt.v1.RestoreVMRequest.nics:type_name -> mvirt.v1.NewNIC
+	61,  // 56: mvirt.v1.CreateVMRequest.disks:type_name -> mvirt.v1.NewDisk
+	62,  // 57: mvirt.v1.CreateVMRequest.nics:type_name -> mvirt.v1.NewNIC
+	63,  // 58: mvirt.v1.CreateVMRequest.cloud_init:type_name -> mvirt.v1.CloudInit
+	108, // 59: mvirt.v1.CreateVMRequest.labels:type_name -> mvirt.v1.CreateVMRequest.LabelsEntry
+	65,  // 60: mvirt.v1.CreateVMRequest.topology:type_name -> mvirt.v1.VMTopology
+	78,  // 61: mvirt.v1.ListVMsResponse.vms:type_name -> mvirt.v1.VM
+	63,  // 62: mvirt.v1.UpdateVMRequest.cloud_init:type_name -> mvirt.v1.CloudInit
+	114, // 63: mvirt.v1.StopVMRequest.timeout:type_name -> google.protobuf.Duration
+	114, // 64: mvirt.v1.RebootVMRequest.timeout:type_name -> google.protobuf.Duration
+	61,  // 65: mvirt.v1.AttachVolumeRequest.disk:type_name -> mvirt.v1.NewDisk
+	62,  // 66: mvirt.v1.AttachNICRequest.nic:type_name -> mvirt.v1.NewNIC
+	113, // 67: mvirt.v1.VM.since:type_name -> google.protobuf.Timestamp
+	76,  // 68: mvirt.v1.VM.disks:type_name -> mvirt.v1.VMDisk
+	77,  // 69: mvirt.v1.VM.nics:type_name -> mvirt.v1.VMNIC
+	109, // 70: mvirt.v1.VM.labels:type_name -> mvirt.v1.VM.LabelsEntry
+	113, // 71: mvirt.v1.VM.created_at:type_name -> google.protobuf.Timestamp
+	113, // 72: mvirt.v1.VM.started_at:type_name -> google.protobuf.Timestamp
+	63,  // 73: mvirt.v1.VM.cloud_init:type_name -> mvirt.v1.CloudInit
+	3,   // 74: mvirt.v1.VM.conditions:type_name -> mvirt.v1.Condition
+	65,  // 75: mvirt.v1.VM.topology:type_name -> mvirt.v1.VMTopology
+	80,  // 76: mvirt.v1.ConsoleInput.open:type_name -> mvirt.v1.ConsoleOpen
+	113, // 77: mvirt.v1.VMEvent.time:type_name -> google.protobuf.Timestamp
+	78,  // 78: mvirt.v1.VMEvent.vm:type_name -> mvirt.v1.VM
+	114, // 79: mvirt.v1.VMCounters.cpu_time:type_name -> google.protobuf.Duration
+	85,  // 80: mvirt.v1.VMCounters.devices:type_name -> mvirt.v1.DeviceCounters
+	113, // 81: mvirt.v1.QueryLogsRequest.since:type_name -> google.protobuf.Timestamp
+	113, // 82: mvirt.v1.QueryLogsRequest.until:type_name -> google.protobuf.Timestamp
+	110, // 83: mvirt.v1.QueryLogsRequest.labels:type_name -> mvirt.v1.QueryLogsRequest.LabelsEntry
+	113, // 84: mvirt.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
+	111, // 85: mvirt.v1.LogEntry.labels:type_name -> mvirt.v1.LogEntry.LabelsEntry
+	87,  // 86: mvirt.v1.LogResult.entry:type_name -> mvirt.v1.LogEntry
+	113, // 87: mvirt.v1.LogStats.oldest:type_name -> google.protobuf.Timestamp
+	113, // 88: mvirt.v1.LogStats.newest:type_name -> google.protobuf.Timestamp
+	112, // 89: mvirt.v1.LogStats.by_level:type_name -> mvirt.v1.LogStats.ByLevelEntry
+	113, // 90: mvirt.v1.VerifyLogsRequest.since:type_name -> google.protobuf.Timestamp
+	113, // 91: mvirt.v1.VerifyLogsRequest.until:type_name -> google.protobuf.Timestamp
+	93,  // 92: mvirt.v1.VerifyLogsResponse.breaks:type_name -> mvirt.v1.VerifyBreak
+	113, // 93: mvirt.v1.VerifyBreak.time:type_name -> google.protobuf.Timestamp
+	0,   // 94: mvirt.v1.System.GetStatus:input_type -> mvirt.v1.GetStatusRequest
+	4,   // 95: mvirt.v1.System.WatchEvents:input_type -> mvirt.v1.WatchEventsRequest
+	6,   // 96: mvirt.v1.Plugins.List:input_type -> mvirt.v1.ListPluginsRequest
+	8,   // 97: mvirt.v1.Plugins.Get:input_type -> mvirt.v1.GetPluginRequest
+	9,   // 98: mvirt.v1.Plugins.Restart:input_type -> mvirt.v1.RestartPluginRequest
+	12,  // 99: mvirt.v1.Operations.List:input_type -> mvirt.v1.ListOperationsRequest
+	11,  // 100: mvirt.v1.Operations.Get:input_type -> mvirt.v1.RefRequest
+	11,  // 101: mvirt.v1.Operations.Watch:input_type -> mvirt.v1.RefRequest
+	11,  // 102: mvirt.v1.Operations.Cancel:input_type -> mvirt.v1.RefRequest
+	15,  // 103: mvirt.v1.Templates.Import:input_type -> mvirt.v1.ImportTemplateRequest
+	17,  // 104: mvirt.v1.Templates.ListImports:input_type -> mvirt.v1.ListImportsRequest
+	11,  // 105: mvirt.v1.Templates.WatchImport:input_type -> mvirt.v1.RefRequest
+	11,  // 106: mvirt.v1.Templates.CancelImport:input_type -> mvirt.v1.RefRequest
+	20,  // 107: mvirt.v1.Templates.Create:input_type -> mvirt.v1.CreateTemplateRequest
+	21,  // 108: mvirt.v1.Templates.List:input_type -> mvirt.v1.ListTemplatesRequest
+	11,  // 109: mvirt.v1.Templates.Get:input_type -> mvirt.v1.RefRequest
+	23,  // 110: mvirt.v1.Templates.Rename:input_type -> mvirt.v1.RenameRequest
+	24,  // 111: mvirt.v1.Templates.Delete:input_type -> mvirt.v1.DeleteRequest
+	27,  // 112: mvirt.v1.Volumes.Create:input_type -> mvirt.v1.CreateVolumeRequest
+	28,  // 113: mvirt.v1.Volumes.List:input_type -> mvirt.v1.ListVolumesRequest
+	11,  // 114: mvirt.v1.Volumes.Get:input_type -> mvirt.v1.RefRequest
+	30,  // 115: mvirt.v1.Volumes.Resize:input_type -> mvirt.v1.ResizeVolumeRequest
+	23,  // 116: mvirt.v1.Volumes.Rename:input_type -> mvirt.v1.RenameRequest
+	24,  // 117: mvirt.v1.Volumes.Delete:input_type -> mvirt.v1.DeleteRequest
+	33,  // 118: mvirt.v1.Snapshots.Create:input_type -> mvirt.v1.CreateSnapshotRequest
+	34,  // 119: mvirt.v1.Snapshots.List:input_type -> mvirt.v1.ListSnapshotsRequest
+	11,  // 120: mvirt.v1.Snapshots.Get:input_type -> mvirt.v1.RefRequest
+	36,  // 121: mvirt.v1.Snapshots.Rollback:input_type -> mvirt.v1.RollbackRequest
+	24,  // 122: mvirt.v1.Snapshots.Delete:input_type -> mvirt.v1.DeleteRequest
+	38,  // 123: mvirt.v1.Networks.Create:input_type -> mvirt.v1.CreateNetworkRequest
+	39,  // 124: mvirt.v1.Networks.List:input_type -> mvirt.v1.ListNetworksRequest
+	11,  // 125: mvirt.v1.Networks.Get:input_type -> mvirt.v1.RefRequest
+	42,  // 126: mvirt.v1.Networks.Update:input_type -> mvirt.v1.UpdateNetworkRequest
+	24,  // 127: mvirt.v1.Networks.Delete:input_type -> mvirt.v1.DeleteRequest
+	44,  // 128: mvirt.v1.NICs.Create:input_type -> mvirt.v1.CreateNICRequest
+	45,  // 129: mvirt.v1.NICs.List:input_type -> mvirt.v1.ListNICsRequest
+	11,  // 130: mvirt.v1.NICs.Get:input_type -> mvirt.v1.RefRequest
+	47,  // 131: mvirt.v1.NICs.Update:input_type -> mvirt.v1.UpdateNICRequest
+	24,  // 132: mvirt.v1.NICs.Delete:input_type -> mvirt.v1.DeleteRequest
+	50,  // 133: mvirt.v1.SecurityGroups.Create:input_type -> mvirt.v1.CreateSecurityGroupRequest
+	51,  // 134: mvirt.v1.SecurityGroups.List:input_type -> mvirt.v1.ListSecurityGroupsRequest
+	11,  // 135: mvirt.v1.SecurityGroups.Get:input_type -> mvirt.v1.RefRequest
+	53,  // 136: mvirt.v1.SecurityGroups.SetRules:input_type -> mvirt.v1.SetSecurityGroupRulesRequest
+	24,  // 137: mvirt.v1.SecurityGroups.Delete:input_type -> mvirt.v1.DeleteRequest
+	64,  // 138: mvirt.v1.VMs.Create:input_type -> mvirt.v1.CreateVMRequest
+	66,  // 139: mvirt.v1.VMs.List:input_type -> mvirt.v1.ListVMsRequest
+	11,  // 140: mvirt.v1.VMs.Get:input_type -> mvirt.v1.RefRequest
+	68,  // 141: mvirt.v1.VMs.Update:input_type -> mvirt.v1.UpdateVMRequest
+	24,  // 142: mvirt.v1.VMs.Delete:input_type -> mvirt.v1.DeleteRequest
+	69,  // 143: mvirt.v1.VMs.Start:input_type -> mvirt.v1.StartVMRequest
+	70,  // 144: mvirt.v1.VMs.Stop:input_type -> mvirt.v1.StopVMRequest
+	11,  // 145: mvirt.v1.VMs.Kill:input_type -> mvirt.v1.RefRequest
+	11,  // 146: mvirt.v1.VMs.Pause:input_type -> mvirt.v1.RefRequest
+	11,  // 147: mvirt.v1.VMs.Resume:input_type -> mvirt.v1.RefRequest
+	71,  // 148: mvirt.v1.VMs.Reboot:input_type -> mvirt.v1.RebootVMRequest
+	79,  // 149: mvirt.v1.VMs.Console:input_type -> mvirt.v1.ConsoleInput
+	72,  // 150: mvirt.v1.VMs.AttachVolume:input_type -> mvirt.v1.AttachVolumeRequest
+	73,  // 151: mvirt.v1.VMs.DetachVolume:input_type -> mvirt.v1.DetachVolumeRequest
+	74,  // 152: mvirt.v1.VMs.AttachNIC:input_type -> mvirt.v1.AttachNICRequest
+	75,  // 153: mvirt.v1.VMs.DetachNIC:input_type -> mvirt.v1.DetachNICRequest
+	82,  // 154: mvirt.v1.VMs.Watch:input_type -> mvirt.v1.WatchVMsRequest
+	11,  // 155: mvirt.v1.VMs.Counters:input_type -> mvirt.v1.RefRequest
+	55,  // 156: mvirt.v1.VMs.Snapshot:input_type -> mvirt.v1.SnapshotVMRequest
+	58,  // 157: mvirt.v1.VMs.ListSnapshots:input_type -> mvirt.v1.ListVMSnapshotsRequest
+	24,  // 158: mvirt.v1.VMs.DeleteSnapshot:input_type -> mvirt.v1.DeleteRequest
+	60,  // 159: mvirt.v1.VMs.Restore:input_type -> mvirt.v1.RestoreVMRequest
+	86,  // 160: mvirt.v1.Logs.Query:input_type -> mvirt.v1.QueryLogsRequest
+	89,  // 161: mvirt.v1.Logs.Stats:input_type -> mvirt.v1.LogStatsRequest
+	91,  // 162: mvirt.v1.Logs.Verify:input_type -> mvirt.v1.VerifyLogsRequest
+	1,   // 163: mvirt.v1.System.GetStatus:output_type -> mvirt.v1.Status
+	5,   // 164: mvirt.v1.System.WatchEvents:output_type -> mvirt.v1.Event
+	7,   // 165: mvirt.v1.Plugins.List:output_type -> mvirt.v1.ListPluginsResponse
+	10,  // 166: mvirt.v1.Plugins.Get:output_type -> mvirt.v1.Plugin
+	10,  // 167: mvirt.v1.Plugins.Restart:output_type -> mvirt.v1.Plugin
+	13,  // 168: mvirt.v1.Operations.List:output_type -> mvirt.v1.ListOperationsResponse
+	14,  // 169: mvirt.v1.Operations.Get:output_type -> mvirt.v1.Operation
+	14,  // 170: mvirt.v1.Operations.Watch:output_type -> mvirt.v1.Operation
+	14,  // 171: mvirt.v1.Operations.Cancel:output_type -> mvirt.v1.Operation
+	16,  // 172: mvirt.v1.Templates.Import:output_type -> mvirt.v1.Import
+	18,  // 173: mvirt.v1.Templates.ListImports:output_type -> mvirt.v1.ListImportsResponse
+	16,  // 174: mvirt.v1.Templates.WatchImport:output_type -> mvirt.v1.Import
+	19,  // 175: mvirt.v1.Templates.CancelImport:output_type -> mvirt.v1.CancelImportResponse
+	26,  // 176: mvirt.v1.Templates.Create:output_type -> mvirt.v1.Template
+	22,  // 177: mvirt.v1.Templates.List:output_type -> mvirt.v1.ListTemplatesResponse
+	26,  // 178: mvirt.v1.Templates.Get:output_type -> mvirt.v1.Template
+	26,  // 179: mvirt.v1.Templates.Rename:output_type -> mvirt.v1.Template
+	25,  // 180: mvirt.v1.Templates.Delete:output_type -> mvirt.v1.DeleteResponse
+	31,  // 181: mvirt.v1.Volumes.Create:output_type -> mvirt.v1.Volume
+	29,  // 182: mvirt.v1.Volumes.List:output_type -> mvirt.v1.ListVolumesResponse
+	31,  // 183: mvirt.v1.Volumes.Get:output_type -> mvirt.v1.Volume
+	31,  // 184: mvirt.v1.Volumes.Resize:output_type -> mvirt.v1.Volume
+	31,  // 185: mvirt.v1.Volumes.Rename:output_type -> mvirt.v1.Volume
+	25,  // 186: mvirt.v1.Volumes.Delete:output_type -> mvirt.v1.DeleteResponse
+	37,  // 187: mvirt.v1.Snapshots.Create:output_type -> mvirt.v1.Snapshot
+	35,  // 188: mvirt.v1.Snapshots.List:output_type -> mvirt.v1.ListSnapshotsResponse
+	37,  // 189: mvirt.v1.Snapshots.Get:output_type -> mvirt.v1.Snapshot
+	31,  // 190: mvirt.v1.Snapshots.Rollback:output_type -> mvirt.v1.Volume
+	25,  // 191: mvirt.v1.Snapshots.Delete:output_type -> mvirt.v1.DeleteResponse
+	43,  // 192: mvirt.v1.Networks.Create:output_type -> mvirt.v1.Network
+	40,  // 193: mvirt.v1.Networks.List:output_type -> mvirt.v1.ListNetworksResponse
+	43,  // 194: mvirt.v1.Networks.Get:output_type -> mvirt.v1.Network
+	43,  // 195: mvirt.v1.Networks.Update:output_type -> mvirt.v1.Network
+	25,  // 196: mvirt.v1.Networks.Delete:output_type -> mvirt.v1.DeleteResponse
+	48,  // 197: mvirt.v1.NICs.Create:output_type -> mvirt.v1.NIC
+	46,  // 198: mvirt.v1.NICs.List:output_type -> mvirt.v1.ListNICsResponse
+	48,  // 199: mvirt.v1.NICs.Get:output_type -> mvirt.v1.NIC
+	48,  // 200: mvirt.v1.NICs.Update:output_type -> mvirt.v1.NIC
+	25,  // 201: mvirt.v1.NICs.Delete:output_type -> mvirt.v1.DeleteResponse
+	54,  // 202: mvirt.v1.SecurityGroups.Create:output_type -> mvirt.v1.SecurityGroup
+	52,  // 203: mvirt.v1.SecurityGroups.List:output_type -> mvirt.v1.ListSecurityGroupsResponse
+	54,  // 204: mvirt.v1.SecurityGroups.Get:output_type -> mvirt.v1.SecurityGroup
+	54,  // 205: mvirt.v1.SecurityGroups.SetRules:output_type -> mvirt.v1.SecurityGroup
+	25,  // 206: mvirt.v1.SecurityGroups.Delete:output_type -> mvirt.v1.DeleteResponse
+	78,  // 207: mvirt.v1.VMs.Create:output_type -> mvirt.v1.VM
+	67,  // 208: mvirt.v1.VMs.List:output_type -> mvirt.v1.ListVMsResponse
+	78,  // 209: mvirt.v1.VMs.Get:output_type -> mvirt.v1.VM
+	78,  // 210: mvirt.v1.VMs.Update:output_type -> mvirt.v1.VM
+	25,  // 211: mvirt.v1.VMs.Delete:output_type -> mvirt.v1.DeleteResponse
+	78,  // 212: mvirt.v1.VMs.Start:output_type -> mvirt.v1.VM
+	78,  // 213: mvirt.v1.VMs.Stop:output_type -> mvirt.v1.VM
+	78,  // 214: mvirt.v1.VMs.Kill:output_type -> mvirt.v1.VM
+	78,  // 215: mvirt.v1.VMs.Pause:output_type -> mvirt.v1.VM
+	78,  // 216: mvirt.v1.VMs.Resume:output_type -> mvirt.v1.VM
+	78,  // 217: mvirt.v1.VMs.Reboot:output_type -> mvirt.v1.VM
+	81,  // 218: mvirt.v1.VMs.Console:output_type -> mvirt.v1.ConsoleOutput
+	78,  // 219: mvirt.v1.VMs.AttachVolume:output_type -> mvirt.v1.VM
+	78,  // 220: mvirt.v1.VMs.DetachVolume:output_type -> mvirt.v1.VM
+	78,  // 221: mvirt.v1.VMs.AttachNIC:output_type -> mvirt.v1.VM
+	78,  // 222: mvirt.v1.VMs.DetachNIC:output_type -> mvirt.v1.VM
+	83,  // 223: mvirt.v1.VMs.Watch:output_type -> mvirt.v1.VMEvent
+	84,  // 224: mvirt.v1.VMs.Counters:output_type -> mvirt.v1.VMCounters
+	56,  // 225: mvirt.v1.VMs.Snapshot:output_type -> mvirt.v1.VMSnapshot
+	59,  // 226: mvirt.v1.VMs.ListSnapshots:output_type -> mvirt.v1.ListVMSnapshotsResponse
+	25,  // 227: mvirt.v1.VMs.DeleteSnapshot:output_type -> mvirt.v1.DeleteResponse
+	78,  // 228: mvirt.v1.VMs.Restore:output_type -> mvirt.v1.VM
+	88,  // 229: mvirt.v1.Logs.Query:output_type -> mvirt.v1.LogResult
+	90,  // 230: mvirt.v1.Logs.Stats:output_type -> mvirt.v1.LogStats
+	92,  // 231: mvirt.v1.Logs.Verify:output_type -> mvirt.v1.VerifyLogsResponse
+	163, // [163:232] is the sub-list for method output_type
+	94,  // [94:163] is the sub-list for method input_type
+	94,  // [94:94] is the sub-list for extension type_name
+	94,  // [94:94] is the sub-list for extension extendee
+	0,   // [0:94] is the sub-list for field type_name
 }
 
 func init() { file_mvirt_v1_mvirt_proto_init() }
@@ -7885,8 +8540,8 @@ func file_mvirt_v1_mvirt_proto_init() {
 		return
 	}
 	file_mvirt_v1_mvirt_proto_msgTypes[42].OneofWrappers = []any{}
-	file_mvirt_v1_mvirt_proto_msgTypes[61].OneofWrappers = []any{}
-	file_mvirt_v1_mvirt_proto_msgTypes[72].OneofWrappers = []any{
+	file_mvirt_v1_mvirt_proto_msgTypes[68].OneofWrappers = []any{}
+	file_mvirt_v1_mvirt_proto_msgTypes[79].OneofWrappers = []any{
 		(*ConsoleInput_Open)(nil),
 		(*ConsoleInput_Data)(nil),
 	}
@@ -7896,7 +8551,7 @@ func file_mvirt_v1_mvirt_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mvirt_v1_mvirt_proto_rawDesc), len(file_mvirt_v1_mvirt_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   106,
+			NumMessages:   113,
 			NumExtensions: 0,
 			NumServices:   11,
 		},

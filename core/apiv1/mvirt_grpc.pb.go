@@ -2350,24 +2350,28 @@ var SecurityGroups_ServiceDesc = grpc.ServiceDesc{
 }
 
 const (
-	VMs_Create_FullMethodName       = "/mvirt.v1.VMs/Create"
-	VMs_List_FullMethodName         = "/mvirt.v1.VMs/List"
-	VMs_Get_FullMethodName          = "/mvirt.v1.VMs/Get"
-	VMs_Update_FullMethodName       = "/mvirt.v1.VMs/Update"
-	VMs_Delete_FullMethodName       = "/mvirt.v1.VMs/Delete"
-	VMs_Start_FullMethodName        = "/mvirt.v1.VMs/Start"
-	VMs_Stop_FullMethodName         = "/mvirt.v1.VMs/Stop"
-	VMs_Kill_FullMethodName         = "/mvirt.v1.VMs/Kill"
-	VMs_Pause_FullMethodName        = "/mvirt.v1.VMs/Pause"
-	VMs_Resume_FullMethodName       = "/mvirt.v1.VMs/Resume"
-	VMs_Reboot_FullMethodName       = "/mvirt.v1.VMs/Reboot"
-	VMs_Console_FullMethodName      = "/mvirt.v1.VMs/Console"
-	VMs_AttachVolume_FullMethodName = "/mvirt.v1.VMs/AttachVolume"
-	VMs_DetachVolume_FullMethodName = "/mvirt.v1.VMs/DetachVolume"
-	VMs_AttachNIC_FullMethodName    = "/mvirt.v1.VMs/AttachNIC"
-	VMs_DetachNIC_FullMethodName    = "/mvirt.v1.VMs/DetachNIC"
-	VMs_Watch_FullMethodName        = "/mvirt.v1.VMs/Watch"
-	VMs_Counters_FullMethodName     = "/mvirt.v1.VMs/Counters"
+	VMs_Create_FullMethodName         = "/mvirt.v1.VMs/Create"
+	VMs_List_FullMethodName           = "/mvirt.v1.VMs/List"
+	VMs_Get_FullMethodName            = "/mvirt.v1.VMs/Get"
+	VMs_Update_FullMethodName         = "/mvirt.v1.VMs/Update"
+	VMs_Delete_FullMethodName         = "/mvirt.v1.VMs/Delete"
+	VMs_Start_FullMethodName          = "/mvirt.v1.VMs/Start"
+	VMs_Stop_FullMethodName           = "/mvirt.v1.VMs/Stop"
+	VMs_Kill_FullMethodName           = "/mvirt.v1.VMs/Kill"
+	VMs_Pause_FullMethodName          = "/mvirt.v1.VMs/Pause"
+	VMs_Resume_FullMethodName         = "/mvirt.v1.VMs/Resume"
+	VMs_Reboot_FullMethodName         = "/mvirt.v1.VMs/Reboot"
+	VMs_Console_FullMethodName        = "/mvirt.v1.VMs/Console"
+	VMs_AttachVolume_FullMethodName   = "/mvirt.v1.VMs/AttachVolume"
+	VMs_DetachVolume_FullMethodName   = "/mvirt.v1.VMs/DetachVolume"
+	VMs_AttachNIC_FullMethodName      = "/mvirt.v1.VMs/AttachNIC"
+	VMs_DetachNIC_FullMethodName      = "/mvirt.v1.VMs/DetachNIC"
+	VMs_Watch_FullMethodName          = "/mvirt.v1.VMs/Watch"
+	VMs_Counters_FullMethodName       = "/mvirt.v1.VMs/Counters"
+	VMs_Snapshot_FullMethodName       = "/mvirt.v1.VMs/Snapshot"
+	VMs_ListSnapshots_FullMethodName  = "/mvirt.v1.VMs/ListSnapshots"
+	VMs_DeleteSnapshot_FullMethodName = "/mvirt.v1.VMs/DeleteSnapshot"
+	VMs_Restore_FullMethodName        = "/mvirt.v1.VMs/Restore"
 )
 
 // VMsClient is the client API for VMs service.
@@ -2397,6 +2401,15 @@ type VMsClient interface {
 	// Watch sends all VMs, then `snapshot_end`, then each change.
 	Watch(ctx context.Context, in *WatchVMsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[VMEvent], error)
 	Counters(ctx context.Context, in *RefRequest, opts ...grpc.CallOption) (*VMCounters, error)
+	// Snapshot writes the VM's memory and devices and takes snapshots of its volumes at the same point: the VM is
+	// paused meanwhile. All or nothing.
+	Snapshot(ctx context.Context, in *SnapshotVMRequest, opts ...grpc.CallOption) (*VMSnapshot, error)
+	ListSnapshots(ctx context.Context, in *ListVMSnapshotsRequest, opts ...grpc.CallOption) (*ListVMSnapshotsResponse, error)
+	// DeleteSnapshot removes the memory and the volumes' snapshots that belong to it.
+	DeleteSnapshot(ctx context.Context, in *DeleteRequest, opts ...grpc.CallOption) (*DeleteResponse, error)
+	// Restore lets a VM go on from a snapshot: the stopped VM itself, whose volumes are rolled back, or with a
+	// name a new one, whose volumes are cloned.
+	Restore(ctx context.Context, in *RestoreVMRequest, opts ...grpc.CallOption) (*VM, error)
 }
 
 type vMsClient struct {
@@ -2599,6 +2612,46 @@ func (c *vMsClient) Counters(ctx context.Context, in *RefRequest, opts ...grpc.C
 	return out, nil
 }
 
+func (c *vMsClient) Snapshot(ctx context.Context, in *SnapshotVMRequest, opts ...grpc.CallOption) (*VMSnapshot, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(VMSnapshot)
+	err := c.cc.Invoke(ctx, VMs_Snapshot_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *vMsClient) ListSnapshots(ctx context.Context, in *ListVMSnapshotsRequest, opts ...grpc.CallOption) (*ListVMSnapshotsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListVMSnapshotsResponse)
+	err := c.cc.Invoke(ctx, VMs_ListSnapshots_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *vMsClient) DeleteSnapshot(ctx context.Context, in *DeleteRequest, opts ...grpc.CallOption) (*DeleteResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DeleteResponse)
+	err := c.cc.Invoke(ctx, VMs_DeleteSnapshot_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *vMsClient) Restore(ctx context.Context, in *RestoreVMRequest, opts ...grpc.CallOption) (*VM, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(VM)
+	err := c.cc.Invoke(ctx, VMs_Restore_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // VMsServer is the server API for VMs service.
 // All implementations must embed UnimplementedVMsServer
 // for forward compatibility.
@@ -2626,6 +2679,15 @@ type VMsServer interface {
 	// Watch sends all VMs, then `snapshot_end`, then each change.
 	Watch(*WatchVMsRequest, grpc.ServerStreamingServer[VMEvent]) error
 	Counters(context.Context, *RefRequest) (*VMCounters, error)
+	// Snapshot writes the VM's memory and devices and takes snapshots of its volumes at the same point: the VM is
+	// paused meanwhile. All or nothing.
+	Snapshot(context.Context, *SnapshotVMRequest) (*VMSnapshot, error)
+	ListSnapshots(context.Context, *ListVMSnapshotsRequest) (*ListVMSnapshotsResponse, error)
+	// DeleteSnapshot removes the memory and the volumes' snapshots that belong to it.
+	DeleteSnapshot(context.Context, *DeleteRequest) (*DeleteResponse, error)
+	// Restore lets a VM go on from a snapshot: the stopped VM itself, whose volumes are rolled back, or with a
+	// name a new one, whose volumes are cloned.
+	Restore(context.Context, *RestoreVMRequest) (*VM, error)
 	mustEmbedUnimplementedVMsServer()
 }
 
@@ -2689,6 +2751,18 @@ func (UnimplementedVMsServer) Watch(*WatchVMsRequest, grpc.ServerStreamingServer
 }
 func (UnimplementedVMsServer) Counters(context.Context, *RefRequest) (*VMCounters, error) {
 	return nil, status.Error(codes.Unimplemented, "method Counters not implemented")
+}
+func (UnimplementedVMsServer) Snapshot(context.Context, *SnapshotVMRequest) (*VMSnapshot, error) {
+	return nil, status.Error(codes.Unimplemented, "method Snapshot not implemented")
+}
+func (UnimplementedVMsServer) ListSnapshots(context.Context, *ListVMSnapshotsRequest) (*ListVMSnapshotsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListSnapshots not implemented")
+}
+func (UnimplementedVMsServer) DeleteSnapshot(context.Context, *DeleteRequest) (*DeleteResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method DeleteSnapshot not implemented")
+}
+func (UnimplementedVMsServer) Restore(context.Context, *RestoreVMRequest) (*VM, error) {
+	return nil, status.Error(codes.Unimplemented, "method Restore not implemented")
 }
 func (UnimplementedVMsServer) mustEmbedUnimplementedVMsServer() {}
 func (UnimplementedVMsServer) testEmbeddedByValue()             {}
@@ -3017,6 +3091,78 @@ func _VMs_Counters_Handler(srv interface{}, ctx context.Context, dec func(interf
 	return interceptor(ctx, in, info, handler)
 }
 
+func _VMs_Snapshot_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SnapshotVMRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(VMsServer).Snapshot(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: VMs_Snapshot_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(VMsServer).Snapshot(ctx, req.(*SnapshotVMRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _VMs_ListSnapshots_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListVMSnapshotsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(VMsServer).ListSnapshots(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: VMs_ListSnapshots_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(VMsServer).ListSnapshots(ctx, req.(*ListVMSnapshotsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _VMs_DeleteSnapshot_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DeleteRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(VMsServer).DeleteSnapshot(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: VMs_DeleteSnapshot_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(VMsServer).DeleteSnapshot(ctx, req.(*DeleteRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _VMs_Restore_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RestoreVMRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(VMsServer).Restore(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: VMs_Restore_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(VMsServer).Restore(ctx, req.(*RestoreVMRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // VMs_ServiceDesc is the grpc.ServiceDesc for VMs service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -3087,6 +3233,22 @@ var VMs_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Counters",
 			Handler:    _VMs_Counters_Handler,
+		},
+		{
+			MethodName: "Snapshot",
+			Handler:    _VMs_Snapshot_Handler,
+		},
+		{
+			MethodName: "ListSnapshots",
+			Handler:    _VMs_ListSnapshots_Handler,
+		},
+		{
+			MethodName: "DeleteSnapshot",
+			Handler:    _VMs_DeleteSnapshot_Handler,
+		},
+		{
+			MethodName: "Restore",
+			Handler:    _VMs_Restore_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

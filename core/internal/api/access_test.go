@@ -52,6 +52,7 @@ var least = map[string]authz.Role{
 	"VMs.Start": authz.Operator, "VMs.Stop": authz.Operator, "VMs.Kill": authz.Operator, "VMs.Pause": authz.Operator, "VMs.Resume": authz.Operator, "VMs.Reboot": authz.Operator,
 	"VMs.Console": authz.Operator, "VMs.AttachVolume": authz.Admin, "VMs.DetachVolume": authz.Admin, "VMs.AttachNIC": authz.Admin, "VMs.DetachNIC": authz.Admin,
 	"VMs.Watch": authz.Viewer, "VMs.Counters": authz.Viewer,
+	"VMs.Snapshot": authz.Operator, "VMs.ListSnapshots": authz.Viewer, "VMs.DeleteSnapshot": authz.Admin, "VMs.Restore": authz.Admin,
 	"Logs.Query": authz.Viewer, "Logs.Stats": authz.Viewer, "Logs.Verify": authz.Viewer,
 }
 

@@ -156,7 +156,11 @@ func (a *vmsAPI) repeated(ctx context.Context, vm vmm.VM, spec vmm.Spec, req *ap
 func newSpec(req *apiv1.CreateVMRequest) (vmm.Spec, error) {
 	s := vmm.Spec{Name: req.GetName(), CPUs: req.GetCpus(), MaxCPUs: req.GetMaxCpus(), MemoryBytes: req.GetMemoryBytes(), MaxMemory: req.GetMaxMemoryBytes(),
 		Boot: vmm.Boot{Cmdline: req.GetCmdline(), KernelName: req.GetKernelName(), Firmware: req.GetFirmware()}, CloudInit: cloudInit(req.GetCloudInit()),
-		Autostart: req.GetAutostart(), Nested: req.GetNested(), HugePages: req.GetHugePages(), Labels: req.GetLabels()}
+		Autostart: req.GetAutostart(), Nested: req.GetNested(), HugePages: req.GetHugePages(), Labels: req.GetLabels(),
+		Watchdog: req.GetWatchdog(), Vsock: req.GetVsock()}
+	if t := req.GetTopology(); t != nil {
+		s.Topology = vmm.Topology{Sockets: t.GetSockets(), Cores: t.GetCores(), Threads: t.GetThreads()}
+	}
 	if s.CPUs == 0 {
 		s.CPUs = 1
 	}
@@ -226,7 +230,8 @@ func checkCloudInit(c vmm.CloudInit) error {
 
 // newDisk resolves a disk's refs.
 func (a *vmsAPI) newDisk(ctx context.Context, field string, d *apiv1.NewDisk) (plan.NewDisk, error) {
-	out := plan.NewDisk{Name: d.GetName(), SizeBytes: d.GetSizeBytes(), ReadOnly: d.GetReadOnly()}
+	out := plan.NewDisk{Name: d.GetName(), SizeBytes: d.GetSizeBytes(), ReadOnly: d.GetReadOnly(),
+		Limit: vmm.RateLimit{BytesPerSecond: d.GetBytesPerSecond(), OpsPerSecond: d.GetOpsPerSecond()}}
 	given := 0
 	for _, ref := range []string{d.GetTemplate(), d.GetVolume(), d.GetSnapshot()} {
 		if ref != "" {

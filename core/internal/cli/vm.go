@@ -84,6 +84,12 @@ func (a *app) vmDetail(v *apiv1.VM) []render.Pair {
 		if d.GetReadOnly() {
 			s += ", read-only"
 		}
+		if n := d.GetBytesPerSecond(); n != 0 {
+			s += ", at most " + units.Size(n) + " a second"
+		}
+		if n := d.GetOpsPerSecond(); n != 0 {
+			s += fmt.Sprintf(", at most %d operations a second", n)
+		}
 		if d.GetOwned() {
 			s += ", goes with the VM"
 		}
@@ -122,12 +128,27 @@ func (a *app) vmDetail(v *apiv1.VM) []render.Pair {
 		{Key: "Disk", Value: strings.Join(disks, "\n")}, {Key: "NIC", Value: strings.Join(nics, "\n")},
 		{Key: "Boot", Value: strings.TrimSpace(boot)}, {Key: "Kernel command line", Value: v.GetCmdline()}, {Key: "Cloud-init", Value: cloud},
 		{Key: "Start with the host", Value: yes(v.GetAutostart())}, {Key: "Nested virtualisation", Value: yes(v.GetNested())}, {Key: "Hypervisor", Value: process},
+		{Key: "CPU topology", Value: topology(v.GetTopology())}, {Key: "Watchdog", Value: yes(v.GetWatchdog())}, {Key: "Virtio socket", Value: vsock(v)},
 		{Key: "Operation", Value: v.GetOperation()}, {Key: "Labels", Value: labelText(v.GetLabels())}, {Key: "Created", Value: a.when(v.GetCreatedAt())},
 	}
 	if v.GetPending() {
 		p = append(p, render.Pair{Key: "Pending", Value: "changes take effect at the next start", Color: render.Yellow})
 	}
 	return append(p, conditions(v.GetConditions())...)
+}
+
+func topology(t *apiv1.VMTopology) string {
+	if t == nil {
+		return ""
+	}
+	return fmt.Sprintf("%d sockets, %d cores each, %d threads each", t.GetSockets(), t.GetCores(), t.GetThreads())
+}
+
+func vsock(v *apiv1.VM) string {
+	if v.GetVsock() == 0 {
+		return ""
+	}
+	return strings.TrimSpace(fmt.Sprintf("%d %s", v.GetVsock(), v.GetVsockSocket()))
 }
 
 // conditions shows lasting trouble with its remedy.
@@ -190,7 +211,8 @@ func (a *app) vmCommand() *cobra.Command {
 	})
 	rm.Long = "Removes VMs, with the volumes and NICs that were made for them."
 	cmd.AddCommand(a.vmCreateCommand(), n.lsCommand(), n.showCommand(), a.vmUpdateCommand(), startCmd, stopCmd, kill, pause, resume, reboot,
-		a.consoleCommand(), rm, a.vmAttachCommand(), a.vmDetachCommand(), a.vmWatchCommand(), a.vmWaitCommand(), a.vmTopCommand())
+		a.consoleCommand(), rm, a.vmAttachCommand(), a.vmDetachCommand(), a.vmWatchCommand(), a.vmWaitCommand(), a.vmTopCommand(),
+		a.vmSnapshotCommand(), a.vmRestoreCommand())
 	return cmd
 }
 

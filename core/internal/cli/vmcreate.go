@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -22,6 +23,7 @@ const specHelp = `A disk is a size or options, with commas between:
   --disk snapshot=db@monday             a clone of a snapshot
   --disk volume=data                    a volume that is there; with ro: read-only
   --disk 5G,name=logs                   its name in the VM
+  --disk 5G,rate=50M,iops=500           at most so many bytes and operations a second
 
 A network is a name or id, with options:
 
@@ -38,6 +40,7 @@ type vmSpec struct {
 	userData, metaData, netConf string
 	kernel, initramfs           string
 	label                       []string
+	topology                    string
 }
 
 func (a *app) vmFlags(cmd *cobra.Command, s *vmSpec) {
@@ -58,6 +61,9 @@ func (a *app) vmFlags(cmd *cobra.Command, s *vmSpec) {
 	f.StringVar(&s.req.Firmware, "firmware", "", "firmware to boot the disk with (default: the plugin's choice)")
 	f.BoolVar(&s.req.Autostart, "autostart", false, "start it with the host")
 	f.BoolVar(&s.req.Nested, "nested", false, "let it run virtual machines of its own")
+	f.StringVar(&s.topology, "topology", "", "how the guest sees its CPUs: SOCKETSxCORESxTHREADS, as in 1x4x2")
+	f.BoolVar(&s.req.Watchdog, "watchdog", false, "a watchdog device: a guest that hangs is reset")
+	f.Uint32Var(&s.req.Vsock, "vsock", 0, "address on a virtio socket, from 3")
 	f.BoolVar(&s.req.HugePages, "huge-pages", false, "memory from the host's huge pages")
 	idFlag(cmd, &s.req.Id)
 	labelFlag(cmd, &s.label)
@@ -88,6 +94,9 @@ func (a *app) vmRequest(ctx context.Context, c *client.Client, cmd *cobra.Comman
 		if r.MaxMemoryBytes, err = units.ParseSize("max_memory_bytes", s.maxMemory); err != nil {
 			return nil, err
 		}
+	}
+	if r.Topology, err = parseTopology(s.topology); err != nil {
+		return nil, err
 	}
 	if r.Labels, err = labels(s.label); err != nil {
 		return nil, err
@@ -123,6 +132,18 @@ func (a *app) vmRequest(ctx context.Context, c *client.Client, cmd *cobra.Comman
 		}
 	}
 	return r, nil
+}
+
+// parseTopology reads "1x4x2".
+func parseTopology(s string) (*apiv1.VMTopology, error) {
+	if s == "" {
+		return nil, nil
+	}
+	var t apiv1.VMTopology
+	if n, err := fmt.Sscanf(s+"\n", "%dx%dx%d\n", &t.Sockets, &t.Cores, &t.Threads); n != 3 || err != nil {
+		return nil, usage{errs.Field("topology", "give SOCKETSxCORESxTHREADS, as in 1x4x2", "%s is no topology", ident.Quote(s))}
+	}
+	return &t, nil
 }
 
 func (a *app) cloudInit(user, meta, network string) (*apiv1.CloudInit, error) {
@@ -171,11 +192,21 @@ func parseDisk(text string) (*apiv1.NewDisk, error) {
 			words[i] = "ro=yes" // may stand without a value
 		}
 	}
-	first, o, err := options("disk", strings.Join(words, ","), "size", "template", "snapshot", "volume", "name", "ro")
+	first, o, err := options("disk", strings.Join(words, ","), "size", "template", "snapshot", "volume", "name", "ro", "rate", "iops")
 	if err != nil {
 		return nil, err
 	}
 	d := &apiv1.NewDisk{Name: o["name"], Template: o["template"], Volume: o["volume"], Snapshot: o["snapshot"]}
+	if o["rate"] != "" {
+		if d.BytesPerSecond, err = units.ParseSize("bytes_per_second", o["rate"]); err != nil {
+			return nil, err
+		}
+	}
+	if o["iops"] != "" {
+		if d.OpsPerSecond, err = strconv.ParseUint(o["iops"], 10, 64); err != nil {
+			return nil, errs.Field("ops_per_second", "give a number, as in iops=500", "disk %s: iops is no number", ident.Quote(text))
+		}
+	}
 	switch o["ro"] {
 	case "", "no":
 	case "yes":

@@ -153,7 +153,11 @@ func (m *VMM) change(ctx context.Context, call, ref string, fn func(v *vmm.VM) e
 }
 
 func (m *VMM) Start(ctx context.Context, req vmm.StartRequest) (vmm.VM, error) {
-	return m.change(ctx, "vmm.Start", req.ID, func(v *vmm.VM) error {
+	return m.start(ctx, "vmm.Start", req)
+}
+
+func (m *VMM) start(ctx context.Context, call string, req vmm.StartRequest) (vmm.VM, error) {
+	return m.change(ctx, call, req.ID, func(v *vmm.VM) error {
 		if v.State.Live() {
 			return nil
 		}
@@ -350,17 +354,61 @@ func (m *VMM) Resize(ctx context.Context, req vmm.ResizeRequest) (vmm.VM, error)
 	return m.change(ctx, "vmm.Resize", req.Ref, func(*vmm.VM) error { return m.w.lacks(service.FeatureVMMResize) })
 }
 
-func (m *VMM) Snapshot(context.Context, vmm.SnapshotRequest) (vmm.MemorySnapshot, error) {
-	return vmm.MemorySnapshot{}, errs.New(errs.Unsupported, "no memory snapshots")
+func (m *VMM) Snapshot(ctx context.Context, req vmm.SnapshotRequest) (vmm.MemorySnapshot, error) {
+	return do(ctx, m.w, "vmm.Snapshot", func() (vmm.MemorySnapshot, error) {
+		v, err := m.w.vm(req.ID)
+		if err == nil {
+			err = m.w.lacks(service.FeatureVMMSnapshot)
+		}
+		if err == nil && v.State != vmm.StatePaused {
+			err = errs.New(errs.Precondition, "not paused")
+		}
+		if err != nil {
+			return vmm.MemorySnapshot{}, err
+		}
+		for _, s := range m.w.memory {
+			if s.ID == req.SnapshotID {
+				return s, nil
+			}
+		}
+		s := vmm.MemorySnapshot{ID: req.SnapshotID, Name: req.Name, VMID: v.ID, SizeBytes: 1 << 20, CreatedAt: now(), Hypervisor: "fake", Spec: copyVM(v).Spec, Disks: req.Disks}
+		m.w.memory = append(m.w.memory, s)
+		return s, nil
+	})
 }
 
-func (m *VMM) StartFromSnapshot(context.Context, vmm.StartFromSnapshotRequest) (vmm.VM, error) {
-	return vmm.VM{}, errs.New(errs.Unsupported, "no memory snapshots")
+func (m *VMM) StartFromSnapshot(ctx context.Context, req vmm.StartFromSnapshotRequest) (vmm.VM, error) {
+	list, err := m.ListSnapshots(ctx, vmm.Ref{})
+	if err != nil {
+		return vmm.VM{}, err
+	}
+	if !slices.ContainsFunc(list, func(s vmm.MemorySnapshot) bool { return s.ID == req.SnapshotID }) {
+		return vmm.VM{}, notFound("vm snapshot", req.SnapshotID)
+	}
+	return m.start(ctx, "vmm.StartFromSnapshot", req.Start)
 }
 
-func (m *VMM) ListSnapshots(context.Context, vmm.Ref) ([]vmm.MemorySnapshot, error) { return nil, nil }
+func (m *VMM) ListSnapshots(ctx context.Context, req vmm.Ref) ([]vmm.MemorySnapshot, error) {
+	return do(ctx, m.w, "vmm.ListSnapshots", func() ([]vmm.MemorySnapshot, error) {
+		if err := m.w.lacks(service.FeatureVMMSnapshot); err != nil {
+			return nil, err
+		}
+		out := []vmm.MemorySnapshot{}
+		for _, s := range m.w.memory {
+			if req.Ref == "" || s.VMID == req.Ref || s.Spec.Name == req.Ref {
+				out = append(out, s)
+			}
+		}
+		return out, nil
+	})
+}
 
-func (m *VMM) DeleteSnapshot(context.Context, vmm.Ref) error { return nil }
+func (m *VMM) DeleteSnapshot(ctx context.Context, req vmm.Ref) error {
+	return run(ctx, m.w, "vmm.DeleteSnapshot", func() error {
+		m.w.memory = slices.DeleteFunc(m.w.memory, func(s vmm.MemorySnapshot) bool { return s.ID == req.Ref })
+		return nil
+	})
+}
 
 func (m *VMM) Counters(ctx context.Context, req vmm.Ref) (vmm.Counters, error) {
 	if _, err := m.Get(ctx, req); err != nil {

@@ -36,6 +36,7 @@ type World struct {
 	groups    map[string]net.SecurityGroup
 	nextIP    byte
 	vms       map[string]*vmm.VM
+	memory    []vmm.MemorySnapshot
 	watchers  map[chan vmm.Event]bool
 	entries   []log.Entry
 	ids       map[string]bool
@@ -128,6 +129,9 @@ func (w *World) String() string {
 	}
 	for _, s := range w.snapshots {
 		out = append(out, "snapshot "+s.VolumeName+"@"+s.Name)
+	}
+	for _, s := range w.memory {
+		out = append(out, "vm snapshot "+s.Spec.Name+"@"+s.Name)
 	}
 	for _, n := range w.networks {
 		line := "network " + n.Name

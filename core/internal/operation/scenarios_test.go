@@ -11,6 +11,7 @@ import (
 	"github.com/mvirt/mvirt/sdk/net"
 	"github.com/mvirt/mvirt/sdk/service"
 	"github.com/mvirt/mvirt/sdk/storage"
+	"github.com/mvirt/mvirt/sdk/vmm"
 )
 
 const group = "01900000-0000-7000-8000-000000000009"
@@ -34,6 +35,24 @@ func cut(l *lab) {
 	}
 }
 
+// kept has a stopped VM with a snapshot.
+func kept(l *lab) {
+	running(l)
+	l.must(l.changes.SnapshotVM(context.Background(), call, getVM(l), plan.SnapshotVM{ID: warm, Name: "warm"}))
+	l.must(l.changes.KillVM(context.Background(), call, web))
+}
+
+const warm = "01900000-0000-7000-8000-00000000000a"
+
+// theSnapshot is the one that kept has.
+func theSnapshot(l *lab) vmm.MemorySnapshot {
+	all, err := l.w.VMM().ListSnapshots(context.Background(), vmm.Ref{})
+	if err != nil || len(all) != 1 {
+		l.t.Fatalf("%+v, %v", all, err)
+	}
+	return all[0]
+}
+
 func ptr[T any](v T) *T { return &v }
 
 // moreScenarios are changes of one step, and repairs.
@@ -45,6 +64,24 @@ func moreScenarios() []scenario {
 		{name: "vm.resume", setup: paused, change: func(l *lab) (operation.Operation, error) { return l.changes.ResumeVM(ctx, call, getVM(l)) }},
 		{name: "vm.reboot", setup: running, same: true, change: func(l *lab) (operation.Operation, error) {
 			return l.changes.RebootVM(ctx, call, getVM(l), false, 0)
+		}},
+		{name: "vm.snapshot", setup: running, change: func(l *lab) (operation.Operation, error) {
+			return l.changes.SnapshotVM(ctx, call, getVM(l), plan.SnapshotVM{ID: warm, Name: "warm"})
+		}},
+		{name: "vm.snapshot_delete", setup: kept, change: func(l *lab) (operation.Operation, error) {
+			op, _, err := l.changes.DeleteVMSnapshot(ctx, call, theSnapshot(l), false)
+			return op, err
+		}},
+		{name: "vm.restore", setup: kept, change: func(l *lab) (operation.Operation, error) {
+			return l.changes.RollbackVM(ctx, call, theSnapshot(l), false, false)
+		}},
+		{name: "vm.clone", setup: kept, change: func(l *lab) (operation.Operation, error) {
+			s := theSnapshot(l)
+			nics := make([]plan.NewNIC, len(s.Spec.NICs))
+			for i := range nics {
+				nics[i].NetworkID = lan
+			}
+			return l.changes.CloneVM(ctx, call, s, plan.CloneVM{ID: ident.New(), Name: "twin", NICs: nics})
 		}},
 		{name: "vm.update", setup: stopped, change: func(l *lab) (operation.Operation, error) {
 			return l.changes.UpdateVM(ctx, call, getVM(l), plan.UpdateVM{Name: ptr("renamed"), CPUs: ptr(uint32(3))})

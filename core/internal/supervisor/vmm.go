@@ -2,6 +2,7 @@ package supervisor
 
 import (
 	"context"
+	"time"
 
 	"github.com/mvirt/mvirt/sdk/service"
 	"github.com/mvirt/mvirt/sdk/vmm"
@@ -90,11 +91,11 @@ func (p vmmProxy) Resize(ctx context.Context, req vmm.ResizeRequest) (vmm.VM, er
 }
 
 func (p vmmProxy) Snapshot(ctx context.Context, req vmm.SnapshotRequest) (vmm.MemorySnapshot, error) {
-	return unary(ctx, p.proxy, method{op: "vmm.Snapshot", feature: service.FeatureVMMSnapshot}, vmm.Snapshotter.Snapshot, req)
+	return unary(ctx, p.proxy, method{op: "vmm.Snapshot", feature: service.FeatureVMMSnapshot, extra: memoryTime}, vmm.Snapshotter.Snapshot, req)
 }
 
 func (p vmmProxy) StartFromSnapshot(ctx context.Context, req vmm.StartFromSnapshotRequest) (vmm.VM, error) {
-	return unary(ctx, p.proxy, method{op: "vmm.StartFromSnapshot", feature: service.FeatureVMMSnapshot}, vmm.Snapshotter.StartFromSnapshot, req)
+	return unary(ctx, p.proxy, method{op: "vmm.StartFromSnapshot", feature: service.FeatureVMMSnapshot, extra: memoryTime}, vmm.Snapshotter.StartFromSnapshot, req)
 }
 
 func (p vmmProxy) ListSnapshots(ctx context.Context, req vmm.Ref) ([]vmm.MemorySnapshot, error) {
@@ -108,3 +109,6 @@ func (p vmmProxy) DeleteSnapshot(ctx context.Context, req vmm.Ref) error {
 func (p vmmProxy) Counters(ctx context.Context, req vmm.Ref) (vmm.Counters, error) {
 	return unary(ctx, p.proxy, method{op: "vmm.Counters", feature: service.FeatureVMMCounters}, vmm.Counter.Counters, req)
 }
+
+// memoryTime is what writing or reading a guest's memory may take beyond an ordinary call.
+const memoryTime = 30 * time.Minute

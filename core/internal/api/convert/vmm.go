@@ -21,7 +21,11 @@ func VM(v vmm.VM, look Lookup, full bool) *apiv1.VM {
 	out := &apiv1.VM{Id: v.ID, Name: s.Name, State: v.State.String(), Reason: v.Reason, Since: Time(v.Since), Cpus: s.CPUs, MemoryBytes: s.MemoryBytes,
 		MaxCpus: s.MaxCPUs, MaxMemoryBytes: s.MaxMemory, DirectBoot: s.Boot.HasKernel, KernelName: s.Boot.KernelName, Cmdline: s.Boot.Cmdline,
 		Firmware: s.Boot.Firmware, Autostart: s.Autostart, Nested: s.Nested, Labels: s.Labels, CreatedAt: Time(v.CreatedAt), StartedAt: Time(v.StartedAt),
-		Pid: v.PID, Uid: v.RunAs.UID, Hypervisor: v.Hypervisor, Pending: v.Pending, Generation: v.Generation}
+		Pid: v.PID, Uid: v.RunAs.UID, Hypervisor: v.Hypervisor, Pending: v.Pending, Generation: v.Generation,
+		Watchdog: s.Watchdog, Vsock: s.Vsock, VsockSocket: v.VsockSocket, HugePages: s.HugePages}
+	if t := s.Topology; t != (vmm.Topology{}) {
+		out.Topology = &apiv1.VMTopology{Sockets: t.Sockets, Cores: t.Cores, Threads: t.Threads}
+	}
 	if v.Desired != 0 {
 		out.Desired = v.Desired.String()
 	}
@@ -31,6 +35,7 @@ func VM(v vmm.VM, look Lookup, full bool) *apiv1.VM {
 		for i, d := range s.Disks {
 			p := &disks[i]
 			p.Name, p.VolumeId, p.ReadOnly, p.Owned = d.Name, d.VolumeID, d.ReadOnly, d.Delete
+			p.BytesPerSecond, p.OpsPerSecond = d.Limit.BytesPerSecond, d.Limit.OpsPerSecond
 			if vol, ok := look.Volume(d.VolumeID); ok {
 				p.VolumeName, p.SizeBytes = vol.Name, vol.SizeBytes
 			}

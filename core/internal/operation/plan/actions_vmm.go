@@ -23,8 +23,9 @@ const (
 const casTries = 5
 
 type defineVM struct {
-	ID   string
-	Spec vmm.Spec
+	ID       string
+	Spec     vmm.Spec
+	BootFrom string `json:",omitempty"` // memory snapshot whose kernel it gets
 }
 
 type startVM struct {
@@ -32,6 +33,7 @@ type startVM struct {
 	Paused bool
 	Disks  []vmm.Disk
 	NICs   []string
+	From   string `json:",omitempty"` // memory snapshot to go on from
 }
 
 // specPatch replaces what is not nil.
@@ -92,7 +94,7 @@ func (a actions) define(ctx context.Context, r *operation.Run, d defineVM) error
 	}
 	kernel, _ := operation.Value[*os.File](r, kernelFile)
 	initramfs, _ := operation.Value[*os.File](r, initramfsFile)
-	_, err := a.svc.VMM.Create(ctx, vmm.CreateRequest{ID: d.ID, Spec: spec, Kernel: kernel, Initramfs: initramfs})
+	_, err := a.svc.VMM.Create(ctx, vmm.CreateRequest{ID: d.ID, Spec: spec, Kernel: kernel, Initramfs: initramfs, BootFrom: d.BootFrom})
 	return err
 }
 
@@ -113,8 +115,10 @@ func (a actions) start(ctx context.Context, r *operation.Run, s startVM) error {
 		}
 		req.NICs = append(req.NICs, nicAttachment(id, path))
 	}
-	_, err := a.svc.VMM.Start(ctx, req)
-	return err
+	if s.From != "" {
+		return second(a.svc.VMM.StartFromSnapshot(ctx, vmm.StartFromSnapshotRequest{SnapshotID: s.From, Start: req}))
+	}
+	return second(a.svc.VMM.Start(ctx, req))
 }
 
 func diskAttachment(d vmm.Disk, at storage.Attachment) vmm.DiskAttachment {
@@ -123,7 +127,7 @@ func diskAttachment(d vmm.Disk, at storage.Attachment) vmm.DiskAttachment {
 		format = "raw"
 	}
 	return vmm.DiskAttachment{Name: d.Name, VolumeID: d.VolumeID, Path: at.Path, Format: format, Block: at.Block,
-		ReadOnly: d.ReadOnly || at.ReadOnly, SizeBytes: at.SizeBytes}
+		ReadOnly: d.ReadOnly || at.ReadOnly, SizeBytes: at.SizeBytes, Limit: d.Limit}
 }
 
 func nicAttachment(id string, p net.Attachment) vmm.NICAttachment {

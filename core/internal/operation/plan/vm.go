@@ -25,6 +25,7 @@ type NewDisk struct {
 	SourceVol  string // the volume of SnapshotID
 	SizeBytes  uint64
 	ReadOnly   bool
+	Limit      vmm.RateLimit
 }
 
 // NewNIC is a NIC for a VM: an existing one, or a new one on a network. All refs are ids.
@@ -97,7 +98,7 @@ func (c *Changes) CreateVM(ctx context.Context, call Call, req CreateVM) (operat
 	}
 	spec := req.Spec
 	spec.Disks, spec.NICs = d.disks, d.nics
-	d.step("vmm.create", "define VM "+d.name, "removed VM "+d.name, defineVM{req.ID, spec})
+	d.step("vmm.create", "define VM "+d.name, "removed VM "+d.name, defineVM{ID: req.ID, Spec: spec})
 	if req.Start {
 		d.plan.Steps = append(d.plan.Steps, startSteps(vmm.VM{ID: req.ID, Spec: spec}, false)...)
 	}
@@ -144,7 +145,7 @@ func (d *draft) disk(ctx context.Context, vms []vmm.VM, i int, n NewDisk) error 
 	d.plan.Locks = append(d.plan.Locks, lock("volume", id))
 	d.plan.Objects = append(d.plan.Objects, id, n.TemplateID, n.SnapshotID)
 	d.step("storage.create_volume", "create "+volumeWords(name)+from, "deleted "+volumeWords(name), req)
-	d.disks = append(d.disks, vmm.Disk{Name: n.Name, VolumeID: id, ReadOnly: n.ReadOnly, Delete: true})
+	d.disks = append(d.disks, vmm.Disk{Name: n.Name, VolumeID: id, ReadOnly: n.ReadOnly, Delete: true, Limit: n.Limit})
 	return nil
 }
 
@@ -188,7 +189,7 @@ func (d *draft) existing(ctx context.Context, vms []vmm.VM, field string, n NewD
 	}
 	d.plan.Locks = append(d.plan.Locks, lock("volume", vol.ID))
 	d.plan.Objects = append(d.plan.Objects, vol.ID)
-	d.disks = append(d.disks, vmm.Disk{Name: n.Name, VolumeID: vol.ID, ReadOnly: n.ReadOnly})
+	d.disks = append(d.disks, vmm.Disk{Name: n.Name, VolumeID: vol.ID, ReadOnly: n.ReadOnly, Limit: n.Limit})
 	return nil
 }
 
