@@ -114,14 +114,21 @@ func (r *Recorder) Append(ctx context.Context, e log.Entry) error {
 	if e.ID == "" {
 		e.ID = ident.New()
 	}
-	if e.Time.IsZero() {
-		e.Time = r.opt.Now()
-	}
+	e.Time = r.storable(e.Time)
 	if err := r.spool.append(ctx, trim(e)); err != nil {
 		return err
 	}
 	r.Kick()
 	return nil
+}
+
+// storable is a time, or now when there is none. A plugin's time is what it wrote: one that no store can keep is
+// no reason to lose the entry.
+func (r *Recorder) storable(t time.Time) time.Time {
+	if y := t.UTC().Year(); y < 1970 || y > 2200 {
+		return r.opt.Now()
+	}
+	return t
 }
 
 // Admit returns nil while the spool has room for what changes make.
@@ -138,10 +145,7 @@ func (r *Recorder) Note(e log.Entry) {
 	if e.ID == "" {
 		e.ID = ident.New()
 	}
-	// A line's time is what its sender wrote: one that no store can keep is no reason to lose the line.
-	if y := e.Time.UTC().Year(); y < 1970 || y > 2200 {
-		e.Time = r.opt.Now()
-	}
+	e.Time = r.storable(e.Time)
 	r.notes.add(trim(e))
 }
 

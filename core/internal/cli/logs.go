@@ -7,8 +7,10 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/mvirt/mvirt/core/apiv1"
@@ -16,6 +18,7 @@ import (
 	"github.com/mvirt/mvirt/core/internal/cli/render"
 	"github.com/mvirt/mvirt/core/internal/cli/units"
 	"github.com/mvirt/mvirt/sdk/errs"
+	"github.com/mvirt/mvirt/sdk/errs/grpcerr"
 )
 
 // levels, gravest first.
@@ -191,7 +194,35 @@ func (a *app) newest(ctx context.Context, c *client.Client, r *apiv1.QueryLogsRe
 	return list, more, err
 }
 
+// followRetry is how long a follower waits before it asks again when the log plugin, or the core, is away.
+const followRetry = time.Second
+
+// stream shows what a query gives. A follower does not end with the log plugin: it goes on behind what it has
+// shown, with neither gap nor repeat.
 func (a *app) stream(ctx context.Context, c *client.Client, r *apiv1.QueryLogsRequest, show func(*apiv1.LogEntry) error) error {
+	told := false
+	for {
+		err := a.streamOnce(ctx, c, r, show)
+		// Without a token nothing has been shown, and what comes first is the same again.
+		if err == nil || !r.GetFollow() || ctx.Err() != nil || grpcerr.Kind(status.Code(err)) != errs.Unavailable && !errors.Is(err, errs.Unavailable) {
+			return err
+		}
+		if !told {
+			a.note("the log is away; this goes on when it is back: %v", err)
+			told = true
+		}
+		t := time.NewTimer(followRetry)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return err
+		}
+	}
+}
+
+// streamOnce is one call of Query; r's page token then stands behind what was shown.
+func (a *app) streamOnce(ctx context.Context, c *client.Client, r *apiv1.QueryLogsRequest, show func(*apiv1.LogEntry) error) error {
 	stream, err := c.Logs.Query(ctx, r)
 	if err != nil {
 		return err
@@ -208,6 +239,9 @@ func (a *app) stream(ctx context.Context, c *client.Client, r *apiv1.QueryLogsRe
 		}
 		if err := show(m.GetEntry()); err != nil {
 			return err
+		}
+		if t := m.GetPageToken(); t != "" && r.GetFollow() {
+			r.PageToken = t
 		}
 	}
 }

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/prototext"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -140,6 +142,33 @@ func TestLogs(t *testing.T) {
 	if got := asked[len(asked)-1]; !proto.Equal(got, want) {
 		t.Errorf("asked\n%v\nwant\n%v", got, want)
 	}
+	t.Run("a follower goes on behind what it showed", func(t *testing.T) {
+		var tokens []string
+		f := world(t)
+		f.stream["Logs.Query"] = func(ss grpc.ServerStream) error {
+			var q apiv1.QueryLogsRequest
+			if err := ss.RecvMsg(&q); err != nil {
+				return err
+			}
+			if !q.GetFollow() {
+				return nil
+			}
+			tokens = append(tokens, q.GetPageToken())
+			for i, e := range all {
+				if q.GetPageToken() == "" && i < 2 || q.GetPageToken() == "after 2" && i == 2 {
+					_ = ss.SendMsg(&apiv1.LogResult{Entry: e, PageToken: "after " + e.GetId()})
+				}
+			}
+			if len(tokens) == 1 {
+				return status.Error(codes.Unavailable, "the log plugin died")
+			}
+			return nil
+		}
+		r := f.run(t, "", "logs", "-f", "-n", "0", "-o", "name").ok(t)
+		if got := strings.Join(strings.Fields(r.out), " "); got != "1 2 3" || strings.Join(tokens, ",") != ",after 2" || !strings.Contains(r.err, "goes on") {
+			t.Errorf("%q, tokens %q, %q", got, tokens, r.err)
+		}
+	})
 	t.Run("a component named by its kind", func(t *testing.T) {
 		f.answer("Plugins.List", &apiv1.ListPluginsResponse{Plugins: []*apiv1.Plugin{{Kind: "vmm", Name: "vmm-qemu"}, {Kind: "net", Name: "net-tap"}, {Kind: "log"}}})
 		f.run(t, "", "logs", "--component", "vmm,log,core").ok(t)
