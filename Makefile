@@ -18,7 +18,7 @@ ALL := $(PROGRAMS) $(foreach p,$(PLUGINS),$(if $(wildcard $(lastword $(subst :, 
 # Packages whose tests run once more under the race detector: those where goroutines share much.
 RACE := ./core/internal/supervisor/... ./core/internal/operation/... ./core/internal/audit/... ./core/internal/cli/... ./sdk/fdpass/... ./sdk/vmmkit/console/...
 
-.PHONY: help setup build install test check unit race e2e lint fmt vet staticcheck generate drift arch demo fuzz clean \
+.PHONY: help setup build install test check unit race e2e lint fmt vet staticcheck generate drift arch demo fuzz fuzz-net clean \
 	bench-core bench-log bench-net bench-storage lab lab-ci lab-test lab-shell bin/demo bin/bench-storage deb
 
 help: ## this list
@@ -41,7 +41,7 @@ install: build ## programs to /usr/sbin, /usr/bin and /usr/lib/mvirt (DESTDIR is
 	@set -e; for p in $(ALL); do case $$p in mvirtd:*|mvirt:*) ;; *) \
 		install -D -m 0755 bin/$${p%%:*} $(DESTDIR)/usr/lib/mvirt/$${p%%:*} ;; esac; done
 
-test: build lint unit race lab-ci ## everything: lint, unit, plugin and end-to-end tests, race detector, the lab on real ZFS and KVM
+test: build lint unit race fuzz-net lab-ci ## everything: lint, unit, plugin and end-to-end tests, race detector, fuzzing, the lab on real ZFS and KVM
 
 check: build lint ## fast: what a pull request must pass before its tests run
 	$(GO) test -short ./core/... ./sdk/... ./test/arch/...
@@ -116,6 +116,9 @@ deb: build ## the Debian package, into dist/
 FUZZTIME ?= 20s
 fuzz: setup ## every fuzz target for FUZZTIME each
 	@GO="$(GO)" hack/fuzz $(FUZZTIME)
+
+fuzz-net: setup ## what guests and front-ends send to mvirt-net, 60 s of each target, all at once
+	@GO="$(GO)" plugins/net-tap/fuzz.sh 60s
 
 clean: ## remove what was built
 	rm -rf bin

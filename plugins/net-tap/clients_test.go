@@ -100,6 +100,11 @@ var libDirs = []string{"lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu", "usr/
 
 func (p *picker) put(data []byte, to string) {
 	p.t.Helper()
+	for _, d := range []string{"sbin/", "usr/bin/", "usr/sbin/"} { // in the guest they are links to bin
+		if rest, ok := strings.CutPrefix(to, d); ok {
+			to = "bin/" + rest
+		}
+	}
 	to = filepath.Join(p.to, to)
 	if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
 		p.t.Fatal(err)

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -170,7 +171,13 @@ ip route replace default via 198.51.100.1`)
 				case "other network":
 					want = nil
 				}
-				if bad, missing := tally.Bad(), tally.Missing(want...); len(bad)+len(missing) > 0 {
+				bad, missing := tally.Bad(), tally.Missing(want...)
+				if who == "outside" {
+					// The other network's address means nothing to this one: what is sent there goes where the
+					// host's default route goes, as to any address, and does not reach the other network.
+					bad = slices.DeleteFunc(bad, func(m string) bool { return m == spoof.Forged+"to-other-network" })
+				}
+				if len(bad)+len(missing) > 0 {
 					t.Errorf("%s: %s got %v, and did not get %v", a.name, who, bad, missing)
 				}
 				t.Logf("%s: %s got %v", a.name, who, tally)
