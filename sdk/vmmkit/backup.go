@@ -152,7 +152,11 @@ func (m *Manager) Restore(ctx context.Context, r io.Reader) error {
 		}
 	}
 	for _, v := range m.findStrays() {
-		if r := v.findRun(store.Item[store.Runtime]{ID: v.id, Err: errs.New(errs.Corrupt, "no record")}); r != nil {
+		r, err := v.findRun(store.Item[store.Runtime]{ID: v.id, Err: errs.New(errs.Corrupt, "no record")})
+		if err != nil {
+			return err
+		}
+		if r != nil {
 			m.clearCondition(condOrphan, v.id)
 			m.wg.Add(1)
 			go func() {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"slices"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -89,6 +90,9 @@ func (v *machine) runAsLocked() vmm.RunAs {
 	if v.run != nil && !v.run.rec.Jailed {
 		return v.m.o.RunAs(v.id)
 	}
+	if v.run != nil && v.run.rec.RunAs != (vmm.RunAs{}) {
+		return v.run.rec.RunAs
+	}
 	return v.as
 }
 
@@ -111,10 +115,22 @@ func (m *Manager) openRun(rec store.Runtime) (*proc.Process, error) {
 		return proc.Open(rec.Process)
 	}
 	if m.o.Jail == nil {
-		return nil, errs.New(errs.Precondition, "it runs in a jail, which this plugin was not given").Because("JAIL_OFF").
-			Do("set enabled = true in [jail] and restart mvirtd, until the VM has stopped")
+		return proc.OpenKept(rec.Process, nobody{})
 	}
 	return m.o.Jail.Open(rec.VMID, rec.Process)
+}
+
+// nobody keeps processes in jails for a plugin that was given none: the jails were switched off while VMs ran.
+// Those go on and can be asked to stop, but neither killed nor given devices.
+type nobody struct{}
+
+func (nobody) Signal(proc.Identity, syscall.Signal) error { return errJailOff() }
+
+func (nobody) Exit(proc.Identity) (syscall.WaitStatus, bool) { return 0, false }
+
+func errJailOff() error {
+	return errs.New(errs.Precondition, "the VM runs in a jail, and jails have been switched off since").Because("JAIL_OFF").
+		Do("stop the VM from within, or set enabled = true in [jail] and restart mvirtd until it has stopped")
 }
 
 func diskPath(d vmm.DiskAttachment) jail.Path {
@@ -147,6 +163,9 @@ func (v *machine) reachable(ctx context.Context, r *run, paths ...jail.Path) (un
 	if !r.rec.Jailed {
 		return func() {}, nil
 	}
+	if v.m.o.Jail == nil && len(paths) > 0 {
+		return nil, errJailOff()
+	}
 	id := r.proc.Identity()
 	undo = func() {
 		for _, p := range paths {
@@ -163,7 +182,7 @@ func (v *machine) reachable(ctx context.Context, r *run, paths ...jail.Path) (un
 }
 
 func (v *machine) unreachable(ctx context.Context, r *run, p jail.Path) {
-	if !r.rec.Jailed {
+	if !r.rec.Jailed || v.m.o.Jail == nil {
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)

@@ -139,6 +139,9 @@ func (v *machine) hasSize(ctx context.Context, r *run, req vmm.DiskResizedReques
 	if !r.rec.Jailed {
 		return nil
 	}
+	if v.m.o.Jail == nil {
+		return errJailOff()
+	}
 	size, err := v.m.o.Jail.Size(ctx, v.id, r.proc.Identity(), req.Name)
 	if err == nil && size != req.SizeBytes {
 		err = errs.Field("size_bytes", "give the volume's size", "disk %s has %d bytes, not %d", req.Name, size, req.SizeBytes)

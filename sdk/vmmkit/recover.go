@@ -72,7 +72,11 @@ func (m *Manager) recover(ctx context.Context) error {
 		if v == nil {
 			continue // its definition is damaged: its process is left alone, and told below
 		}
-		if r := v.findRun(it); r != nil {
+		r, err := v.findRun(it)
+		if err != nil {
+			return err
+		}
+		if r != nil {
 			connecting.Add(1)
 			m.wg.Add(1)
 			go func() {
@@ -85,7 +89,11 @@ func (m *Manager) recover(ctx context.Context) error {
 	m.forgetGone(ctx, c)
 	for _, v := range m.findStrays() {
 		m.o.Log.Warn("a hypervisor runs without a record", "vm", v.id)
-		if r := v.findRun(store.Item[store.Runtime]{ID: v.id, Err: errs.New(errs.Corrupt, "no record")}); r != nil {
+		r, err := v.findRun(store.Item[store.Runtime]{ID: v.id, Err: errs.New(errs.Corrupt, "no record")})
+		if err != nil {
+			return err
+		}
+		if r != nil {
 			connecting.Add(1)
 			m.wg.Add(1)
 			go func() {
@@ -105,8 +113,9 @@ func (m *Manager) recover(ctx context.Context) error {
 	return nil
 }
 
-// findRun finds the process of a runtime record. nil: there is none, and that is entered.
-func (v *machine) findRun(it store.Item[store.Runtime]) *run {
+// findRun finds the process of a runtime record. nil: there is none, and that is entered. After an error it is not
+// known, and nothing is entered: a VM that is thought not to run would be started a second time.
+func (v *machine) findRun(it store.Item[store.Runtime]) (*run, error) {
 	m := v.m
 	rec := it.Value
 	damaged := it.Err != nil || rec.VMID != v.id
@@ -131,12 +140,12 @@ func (v *machine) findRun(it store.Item[store.Runtime]) *run {
 		p, err = m.openRun(rec)
 		m.o.Log.Info("found a hypervisor by its marker", "vm", v.id, "pid", rec.Process.PID)
 	}
-	if err != nil {
-		if !errors.Is(err, proc.ErrGone) {
-			m.o.Log.Error("a hypervisor cannot be looked for", "vm", v.id, "error", err)
-		}
+	if errors.Is(err, proc.ErrGone) {
 		v.nothingRuns(rec, damaged)
-		return nil
+		return nil, nil
+	}
+	if err != nil {
+		return nil, errs.Wrap(errs.Unavailable, err, "whether a hypervisor of VM %s runs cannot be found out", v.id)
 	}
 	rec.Phase = store.Running
 	if rec.StartedAt.IsZero() {
@@ -153,7 +162,7 @@ func (v *machine) findRun(it store.Item[store.Runtime]) *run {
 	v.viewLocked()
 	v.mu.Unlock()
 	v.follow(r)
-	return r
+	return r, nil
 }
 
 // nothingRuns enters that a record's process is gone, and what is known of why.

@@ -214,7 +214,7 @@ func (v *machine) launch(ctx context.Context, def store.Definition, req vmm.Star
 		snapshotID = from.Snapshot.ID
 	}
 	rec := store.Runtime{VMID: v.id, From: snapshotID, Phase: store.Intent, Marker: mach.Marker, StartedAt: m.o.Now(), Hypervisor: l.Hypervisor,
-		Spec: def.Spec, Initramfs: def.Initramfs, Driver: l.State, Jailed: m.o.Jail != nil}
+		Spec: def.Spec, Initramfs: def.Initramfs, Driver: l.State, Jailed: m.o.Jail != nil, RunAs: v.as}
 	v.mu.Lock()
 	st := store.Status{State: vmm.StateStopped, Reason: v.reason, Since: v.since, Desired: vmm.StateRunning}
 	v.mu.Unlock()

@@ -73,7 +73,8 @@ type Runtime struct {
 	Initramfs  string
 	Driver     json.RawMessage `json:",omitempty"` // what the driver wants to know again
 	Stop       string          // why it is being ended, "" if it is not
-	Jailed     bool            `json:",omitempty"` // it was started in a jail, under a uid of its own
+	Jailed     bool            `json:",omitempty"` // it was started in a jail, under a uid of its own:
+	RunAs      vmm.RunAs       `json:",omitzero"`  // this one
 	Reason     string          // of the state: "guest panicked"
 	From       string          // memory snapshot that it was started from, "" if it booted
 }
