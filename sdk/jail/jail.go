@@ -253,11 +253,11 @@ func (r *Request) check() error {
 func (s *Start) check() error {
 	switch {
 	case !clean(s.Program) || !clean(s.Dir):
-		return errors.New("Program and Dir must be clean absolute paths")
+		return errors.New("program and dir must be clean absolute paths")
 	case len(s.Args) > MaxArgs || len(s.Paths) > MaxPaths || len(s.Files) > MaxPaths || len(s.Name) > 4096:
 		return errors.New("too much")
 	case strings.ContainsRune(s.Name, 0):
-		return errors.New("Name")
+		return errors.New("name")
 	}
 	for _, a := range s.Args {
 		if strings.ContainsRune(a, 0) {
@@ -267,12 +267,12 @@ func (s *Start) check() error {
 	seen := map[string]bool{}
 	for _, f := range s.Files {
 		if !clean(f) || seen[f] || reserved(f) {
-			return errors.New("Files")
+			return errors.New("files")
 		}
 		seen[f] = true
 	}
 	if reserved(s.Dir) {
-		return errors.New("Dir")
+		return errors.New("dir")
 	}
 	for _, p := range s.Paths {
 		if err := p.check(false); err != nil {
@@ -289,7 +289,7 @@ func (s *Start) check() error {
 
 func (w *Worker) check() error {
 	if !plainName(w.Name) || len(w.Args)+len(w.Env) > MaxArgs {
-		return errors.New("Name, or too many arguments")
+		return errors.New("no name, or too many arguments")
 	}
 	for _, a := range append(append([]string{}, w.Args...), w.Env...) {
 		if strings.ContainsRune(a, 0) {
@@ -299,7 +299,7 @@ func (w *Worker) check() error {
 	for _, e := range w.Env {
 		// What the dynamic linker heeds is nobody's to set.
 		if name, _, ok := strings.Cut(e, "="); !ok || name == "" || strings.HasPrefix(name, "LD_") {
-			return errors.New("Env")
+			return errors.New("env")
 		}
 	}
 	return nil
