@@ -28,12 +28,14 @@ const (
 	pipeFrom = 3                      // appends under way from which on the stream is used
 	pipeIdle = 200 * time.Millisecond // a stream without work is ended, so that a shutdown need not wait for it
 
-	// pipeFlying is how many messages are under way: one that is being synced and one that is being read and
-	// written meanwhile. What comes in the meantime makes up the next.
+	// A message that is not full waits while so many are under way: one that is being synced and others that are
+	// being read and written meanwhile. What comes in the meantime makes it fuller.
 	pipeFlying = 2
-	// A message is not filled further than this. A single append may be larger.
-	pipeBytes   = 256 << 10
-	pipeEntries = 2048
+	// Full ones go at once, up to this many, so that all stages of the store have something to do.
+	pipeMost = 16
+	// A message is full, and is not filled further, at so much; a single append may be larger.
+	pipeBytes   = 24 << 10
+	pipeEntries = 256
 )
 
 // LogClient is the client of a log plugin.
@@ -137,14 +139,17 @@ func (p *appendPipe) isClosed() bool {
 func (p *appendPipe) take() []*appendCall {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if len(p.queue) == 0 || len(p.flying) >= pipeFlying {
+	if len(p.queue) == 0 || len(p.flying) >= pipeMost {
 		return nil
 	}
 	n, size, entries := 0, 0, 0
-	for n < len(p.queue) && (n == 0 || size+len(p.queue[n].raw) <= pipeBytes && entries+p.queue[n].n <= pipeEntries) {
+	for n < len(p.queue) && size < pipeBytes && entries < pipeEntries {
 		size += len(p.queue[n].raw)
 		entries += p.queue[n].n
 		n++
+	}
+	if len(p.flying) >= pipeFlying && size < pipeBytes && entries < pipeEntries {
+		return nil
 	}
 	calls := p.queue[:n:n]
 	if p.queue = p.queue[n:]; len(p.queue) == 0 {

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 
 	"github.com/cockroachdb/pebble/v2"
@@ -269,6 +270,9 @@ func (p *packer) fill(b *pebble.Batch, v *head.View, seg *segment) error {
 			if err := p.set(b, seg, keys.BlockKey(p.key[:0], seg.level, seg.id, uint16(row/block.Rows))); err != nil {
 				return err
 			}
+			// Packing takes a processor for a tenth of a second; appends pass through several goroutines and would
+			// wait for the end of a time slice at each.
+			runtime.Gosched()
 		}
 	}
 	seg.nV7 = len(p.ms)
@@ -337,6 +341,9 @@ func (p *packer) postings(b *pebble.Batch, seg *segment) error {
 			}
 		}
 		p.buf = p.post.Page(p.buf[:0])
+		if group&15 == 0 {
+			runtime.Gosched()
+		}
 		if err := p.set(b, seg, keys.PostingKey(p.key[:0], seg.level, seg.id, group)); err != nil {
 			return err
 		}
