@@ -273,3 +273,23 @@ func TestPrivate(t *testing.T) {
 		t.Errorf("worker is %q, want %q", st, want)
 	}
 }
+
+// TestVLANTags: what a guest sends with a VLAN tag does not arrive, with or without it.
+func TestVLANTags(t *testing.T) {
+	r := newRig(t)
+	r.network()
+	a, b := r.up(r.nic("lan")), r.up(r.nic("lan"))
+	for _, tags := range [][]byte{{0x81, 0, 0, 5}, {0x81, 0, 0xe0, 0}, {0x88, 0xa8, 0, 5, 0x81, 0, 0, 6}} {
+		f := a.UDP(a.GW, a.IP, b.IP, 1, 2, []byte("tagged"))
+		if err := a.Send(append(append(append([]byte{}, f[:12]...), tags...), f[12:]...)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := a.Send(a.UDP(a.GW, a.IP, b.IP, 1, 2, []byte("honest"))); err != nil {
+		t.Fatal(err)
+	}
+	f, err := b.Wait(10*time.Second, func(f []byte) bool { return len(f) == 48 && f[23] == wire.ProtoUDP })
+	if err != nil || string(f[42:]) != "honest" {
+		t.Errorf("the first that arrives is %q: %v", f, err)
+	}
+}

@@ -156,6 +156,10 @@ func (n *NS) PacketSocket(name string) (fd int, err error) {
 				return fmt.Errorf("packet socket option %d: %w", o.opt, err)
 			}
 		}
+		if err = unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, untagged()); err != nil {
+			unix.Close(fd)
+			return fmt.Errorf("packet socket filter: %w", err)
+		}
 		for _, o := range []int{unix.SO_RCVBUFFORCE, unix.SO_SNDBUFFORCE} {
 			if unix.SetsockoptInt(fd, unix.SOL_SOCKET, o, socketBuffer) != nil {
 				// Without CAP_NET_ADMIN over the host the system's limit has to do.
@@ -170,6 +174,19 @@ func (n *NS) PacketSocket(name string) (fd int, err error) {
 		return nil
 	})
 	return fd, err
+}
+
+// untagged is a filter that lets through what has no VLAN tag. The kernel takes tags off before a packet socket
+// sees the frame, so that the engine could not tell: what was sent into a VLAN would arrive outside of it.
+func untagged() *unix.SockFprog {
+	const vlanTagPresent = 0xfffff000 + 48 // SKF_AD_OFF + SKF_AD_VLAN_TAG_PRESENT (linux/filter.h)
+	f := []unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: vlanTagPresent},
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: 0, Jf: 1},
+		{Code: unix.BPF_RET | unix.BPF_K, K: 0x7fffffff},
+		{Code: unix.BPF_RET | unix.BPF_K, K: 0},
+	}
+	return &unix.SockFprog{Len: uint16(len(f)), Filter: &f[0]}
 }
 
 func htons(v uint16) uint16 {
