@@ -19,7 +19,7 @@ ALL := $(PROGRAMS) $(foreach p,$(PLUGINS),$(if $(wildcard $(lastword $(subst :, 
 RACE := ./core/internal/supervisor/... ./core/internal/operation/... ./core/internal/audit/... ./core/internal/cli/... ./sdk/fdpass/... ./sdk/vmmkit/console/...
 
 .PHONY: help setup build install test check unit race e2e lint fmt vet staticcheck generate drift arch demo fuzz fuzz-net clean \
-	bench-core bench-log bench-net bench-storage lab lab-ci lab-test lab-shell bin/demo bin/bench-storage deb
+	chaos bench-core bench-log bench-net bench-storage lab lab-ci lab-test lab-shell bin/demo bin/bench-storage deb
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,6 +81,11 @@ bin/demo: build
 
 demo: bin/demo ## two real VMs through the core and four plugins, from import to removal
 	@bin/demo
+
+CHAOS ?= --duration 2m
+chaos: build ## random faults in a running system with two guests (as root; CHAOS="--faults 1000 --seed N --freeze 1m")
+	@CGO_ENABLED=0 $(GO) build $(GOFLAGS_BUILD) -o bin/chaos ./test/chaos
+	@bin/chaos $(CHAOS)
 
 bench-core: build ## figures of the core: start, call, restart, list, memory
 	$(GO) run ./test/bench/core

@@ -55,8 +55,11 @@ func (c *chaos) startGuests(ctx context.Context) error {
 	if _, err := cli("network", "create", "lan", "--nat", "--ipv4", "10.78.0.0/24"); err != nil {
 		return err
 	}
-	data := filepath.Join(c.place().Dir, "load.sh")
-	if err := os.WriteFile(data, []byte(load), 0o644); err != nil {
+	data, text := filepath.Join(c.place().Dir, "load.sh"), load
+	if !c.load {
+		text = "#!/bin/sh\n"
+	}
+	if err := os.WriteFile(data, []byte(text), 0o644); err != nil {
 		return err
 	}
 	for _, name := range []string{"alice", "bob"}[:c.guests] {
@@ -73,6 +76,9 @@ func (c *chaos) startGuests(ctx context.Context) error {
 			return err
 		}
 		c.vms = append(c.vms, g)
+	}
+	if !c.load {
+		return nil // they boot while faults happen
 	}
 	for i, g := range c.vms {
 		if _, err := c.sys.sys.Console(ctx, g.name, "", "mvirt-guest: address eth0 "+g.addr+"/", bootTime, "--read-only", "--replay", "all"); err != nil {
@@ -171,6 +177,12 @@ func (c *chaos) checkGuests(ctx context.Context) {
 	for _, g := range c.vms {
 		if !g.alive() {
 			c.fault("guest exit: the process of %s ended", g.name)
+			continue
+		}
+		if !c.load {
+			if _, err := c.sys.sys.Console(ctx, g.name, "", "mvirt-guest: init", bootTime, "--read-only", "--replay", "all"); err != nil {
+				c.fault("guest exit: %s did not boot: %v", g.name, err)
+			}
 			continue
 		}
 		if got, err := c.shell(ctx, g, "cat /proc/sys/kernel/random/boot_id"); err != nil || got != g.boot {

@@ -35,6 +35,7 @@ func main() {
 	flag.Uint64Var(&o.seed, "seed", 0, "of the random numbers (0: one is chosen and printed)")
 	flag.DurationVar(&o.freeze, "freeze", 3*time.Second, "longest time that a process is stopped for")
 	flag.IntVar(&o.guests, "guests", 2, "how many guests run: 2, or 0 for a short run without load")
+	flag.BoolVar(&o.load, "load", true, "guests write to their disks and fetch from each other; false: they boot and idle, for short runs")
 	flag.StringVar(&o.bin, "bin", "bin", "directory with the programs")
 	flag.StringVar(&o.name, "name", "chaos", "of the system: directories are /var/lib/mvirt-NAME and /run/mvirt-NAME")
 	flag.StringVar(&o.only, "only", "", "only faults whose words contain this, as \"kill net\"")
@@ -55,6 +56,7 @@ type options struct {
 	faults   int
 	duration time.Duration
 	guests   int
+	load     bool
 	seed     uint64
 	freeze   time.Duration
 	bin      string

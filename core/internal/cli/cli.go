@@ -67,6 +67,7 @@ type app struct {
 	client *client.Client
 
 	socket  string
+	remote  client.Options
 	output  string
 	quiet   bool
 	noColor bool
@@ -112,6 +113,11 @@ numbers with K, M, G or T in powers of 1024: "10G", "512M". "mvirt help exit-cod
 	}
 	p := root.PersistentFlags()
 	p.StringVar(&a.socket, "socket", socket, "the core's API socket; also MVIRT_SOCKET")
+	p.StringVar(&a.remote.Host, "host", a.std.Env("MVIRT_HOST"), "NAME:PORT of another host's core; also MVIRT_HOST")
+	p.StringVar(&a.remote.Cert, "tls-cert", a.std.Env("MVIRT_TLS_CERT"), "with --host: the client's certificate, PEM; also MVIRT_TLS_CERT")
+	p.StringVar(&a.remote.Key, "tls-key", a.std.Env("MVIRT_TLS_KEY"), "with --host: its key, PEM; also MVIRT_TLS_KEY")
+	p.StringVar(&a.remote.CA, "tls-ca", a.std.Env("MVIRT_TLS_CA"), "with --host: the authority of the server's certificate, PEM; also MVIRT_TLS_CA")
+	p.StringVar(&a.remote.TokenFile, "token-file", a.std.Env("MVIRT_TOKEN_FILE"), "call with the rights of the token in this file; also MVIRT_TOKEN_FILE")
 	p.StringVarP(&a.output, "output", "o", string(render.Table), "table, wide, json, yaml or name")
 	p.BoolVarP(&a.quiet, "quiet", "q", false, "no progress, notes and confirmations")
 	p.BoolVar(&a.noColor, "no-color", false, "no colours, also on a terminal; also NO_COLOR")
@@ -185,7 +191,9 @@ func strict(cmd *cobra.Command) {
 // connect gives the client, connecting at the first call.
 func (a *app) connect() (*client.Client, error) {
 	if a.client == nil {
-		c, err := client.Dial(a.ctx, a.socket)
+		o := a.remote
+		o.Socket = a.socket
+		c, err := client.DialWith(a.ctx, o)
 		if err != nil {
 			return nil, err
 		}

@@ -131,6 +131,9 @@ func (a *app) handOver(ctx context.Context, c *client.Client, field, path string
 		return "", err
 	}
 	defer f.Close()
+	if c.FDSocket() == "" {
+		return "", errs.New(errs.Unsupported, "a file can only be handed over on the core's own host").Do("run the command there, or import from a URL")
+	}
 	return a.std.HandOver(ctx, c.FDSocket(), f)
 }
 

@@ -13,6 +13,7 @@ import (
 	"syscall"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/mvirt/mvirt/core/apiv1"
@@ -53,7 +54,30 @@ const (
 // Dial connects to the socket at once, so that "nobody listens" is told apart from a failing call. Errors
 // of calls made with the client are *errs.Error.
 func Dial(ctx context.Context, socket string) (*Client, error) {
-	c, err := dial(ctx, socket)
+	return DialWith(ctx, Options{Socket: socket})
+}
+
+// DialWith connects as [Dial] does, to this host's core or another's.
+func DialWith(ctx context.Context, o Options) (*Client, error) {
+	creds := insecure.NewCredentials() // a unix socket: the kernel tells who calls
+	reach, socket := func(ctx context.Context) (net.Conn, error) { return dial(ctx, o.Socket) }, o.Socket
+	if o.Host != "" {
+		config, err := o.tlsConfig()
+		if err != nil {
+			return nil, err
+		}
+		creds, socket = credentials.NewTLS(config), ""
+		reach = func(ctx context.Context) (net.Conn, error) { return dialHost(ctx, o.Host) }
+	}
+	var extra []grpc.DialOption
+	if o.TokenFile != "" {
+		t, err := readToken(o.TokenFile)
+		if err != nil {
+			return nil, err
+		}
+		extra = append(extra, grpc.WithPerRPCCredentials(t))
+	}
+	c, err := reach(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -62,16 +86,16 @@ func Dial(ctx context.Context, socket string) (*Client, error) {
 		if c := first.take(); c != nil {
 			return c, nil
 		}
-		return dial(ctx, socket)
+		return reach(ctx)
 	}
-	conn, err := grpc.NewClient("passthrough:///mvirt",
-		grpc.WithTransportCredentials(insecure.NewCredentials()), // a unix socket: the kernel tells who calls
+	conn, err := grpc.NewClient("passthrough:///mvirt", append(extra,
+		grpc.WithTransportCredentials(creds),
 		grpc.WithContextDialer(dialer),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage), grpc.MaxCallSendMsgSize(maxMessage)),
 		grpc.WithUnaryInterceptor(unary), grpc.WithStreamInterceptor(streaming),
 		grpc.WithNoProxy(), grpc.WithDisableServiceConfig(),
 		grpc.WithInitialWindowSize(window), grpc.WithInitialConnWindowSize(window), grpc.WithReadBufferSize(readBuffer),
-	)
+	)...)
 	if err != nil {
 		_ = c.Close()
 		return nil, err
@@ -108,7 +132,13 @@ func (s *spare) take() net.Conn {
 }
 
 // FDSocket is where opened files are handed over: beside the API socket.
-func (c *Client) FDSocket() string { return filepath.Join(filepath.Dir(c.socket), "fd.sock") }
+// "" for a core on another host, which takes no files.
+func (c *Client) FDSocket() string {
+	if c.socket == "" {
+		return ""
+	}
+	return filepath.Join(filepath.Dir(c.socket), "fd.sock")
+}
 
 // sunPath is the longest path of a unix socket: sizeof sun_path in unix(7), less the final NUL.
 const sunPath = 107
