@@ -183,13 +183,13 @@ func (cl *Client) Start(ctx context.Context, vmID string, s Start, dir, output *
 	if err != nil {
 		return nil, nil, err
 	}
-	p, err := proc.FromPidfdKept(fd, keeper{cl, vmID})
+	p, err := handleOf(r, fd, keeper{cl, vmID})
 	return p, r.Notes, err
 }
 
 // StartWorker starts this plugin's program as a worker. The files stay the caller's.
 func (cl *Client) StartWorker(ctx context.Context, w Worker, output *os.File, pass ...*os.File) (*proc.Process, error) {
-	_, got, err := cl.call(ctx, &Request{Verb: VerbWorker, Worker: &w}, append([]*os.File{output}, pass...)...)
+	r, got, err := cl.call(ctx, &Request{Verb: VerbWorker, Worker: &w}, append([]*os.File{output}, pass...)...)
 	if err != nil {
 		return nil, err
 	}
@@ -197,7 +197,20 @@ func (cl *Client) StartWorker(ctx context.Context, w Worker, output *os.File, pa
 	if err != nil {
 		return nil, err
 	}
-	return proc.FromPidfdKept(fd, workerKeeper{cl})
+	return handleOf(r, fd, workerKeeper{cl})
+}
+
+// handleOf makes a handle of an answer. The process may have ended already, which then is no error here.
+func handleOf(r *Reply, fd int, k proc.Keeper) (*proc.Process, error) {
+	boot, err := proc.BootID()
+	if err == nil && r.Process == nil {
+		err = errs.New(errs.Internal, "the root half of mvirtd does not say which process it started")
+	}
+	if err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
+	return proc.Kept(proc.Identity{PID: r.Process.PID, StartTime: r.Process.StartTime, BootID: boot}, fd, k)
 }
 
 // EndWorker kills a worker of this plugin, also one that an earlier run of it started. One that is gone is no

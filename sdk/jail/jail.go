@@ -130,10 +130,12 @@ type Reply struct {
 	Seq   uint32
 	Error *Error `json:",omitempty"`
 	UID   uint32 `json:",omitempty"`
-	GID   uint32 `json:",omitempty"`
-	VMs   []VM   `json:",omitempty"`
-	Size  uint64 `json:",omitempty"` // of a disk, in bytes
-	Known bool   `json:",omitempty"` // of exit: Status is a wait status
+	// Process is what was started, which may have ended since.
+	Process *Process `json:",omitempty"`
+	GID     uint32   `json:",omitempty"`
+	VMs     []VM     `json:",omitempty"`
+	Size    uint64   `json:",omitempty"` // of a disk, in bytes
+	Known   bool     `json:",omitempty"` // of exit: Status is a wait status
 	// Status is a wait status as wait(2) gives it.
 	Status uint32   `json:",omitempty"`
 	Notes  []string `json:",omitempty"` // of start: parts of the jail that this host does not have

@@ -272,7 +272,7 @@ func (j *jails) start(vm string, s *jail.Start, files []*os.File) (*jail.Reply, 
 		c.signal(unix.SIGKILL)
 		return nil, nil, os.NewSyscallError("fcntl", err)
 	}
-	return &jail.Reply{UID: uid, GID: uid, Notes: notes}, os.NewFile(uintptr(share), "pidfd"), nil
+	return &jail.Reply{UID: uid, GID: uid, Notes: notes, Process: &jail.Process{PID: c.pid, StartTime: c.start}}, os.NewFile(uintptr(share), "pidfd"), nil
 }
 
 // remember keeps a child until some time after its end, when its group is removed.

@@ -397,6 +397,19 @@ func TestUIDRangeTaken(t *testing.T) {
 	must(t, u.unclaimed(filepath.Join(dir, "passwd")))
 }
 
+// A program that ends at once is a hypervisor that has ended, with its exit status, and no error of the start.
+func TestEndsAtOnce(t *testing.T) {
+	p := newPrison(t, nil)
+	for range 20 {
+		pr, err := p.start(ident.New(), jail.Start{Program: "/usr/bin/false", MemoryBytes: 1 << 20, CPUs: 1}, nil)
+		must(t, err)
+		<-pr.Done()
+		if e := pr.Exit(); !e.Known || e.Code != 1 || e.Signal != 0 {
+			t.Fatalf("it ended with %s", e)
+		}
+	}
+}
+
 // testOpener is a hypervisor that does nothing.
 func testOpener() {
 	unix.Umask(0)

@@ -81,7 +81,7 @@ func (w *workers) start(what *jail.Worker, files []*os.File) (*jail.Reply, *os.F
 		c.signal(unix.SIGKILL)
 		return nil, nil, os.NewSyscallError("fcntl", err)
 	}
-	return &jail.Reply{UID: id.UID, GID: id.GID}, os.NewFile(uintptr(share), "pidfd"), nil
+	return &jail.Reply{UID: id.UID, GID: id.GID, Process: &jail.Process{PID: c.pid, StartTime: c.start}}, os.NewFile(uintptr(share), "pidfd"), nil
 }
 
 // end kills a process that is a worker of this plugin: it has the worker's uid and the plugin's program, of

@@ -167,11 +167,17 @@ func OpenKept(id Identity, k Keeper) (*Process, error) {
 	return newProcess(id, fd, false, k), nil
 }
 
-// FromPidfd makes a handle of a pidfd that somebody else opened. It takes fd over.
-func FromPidfd(fd int) (*Process, error) { return FromPidfdKept(fd, nil) }
+// Kept makes a handle of a pidfd whose process is known, has perhaps ended, and is kept by k. It takes fd over.
+func Kept(id Identity, fd int, k Keeper) (*Process, error) {
+	if err := unix.SetNonblock(fd, true); err != nil {
+		unix.Close(fd)
+		return nil, os.NewSyscallError("fcntl", err)
+	}
+	return newProcess(id, fd, false, k), nil
+}
 
-// FromPidfdKept is FromPidfd for a process that k keeps.
-func FromPidfdKept(fd int, k Keeper) (*Process, error) {
+// FromPidfd makes a handle of a pidfd that somebody else opened. It takes fd over.
+func FromPidfd(fd int) (*Process, error) {
 	pid, err := pidOf(fd)
 	if err == nil {
 		err = unix.SetNonblock(fd, true)
@@ -184,7 +190,7 @@ func FromPidfdKept(fd int, k Keeper) (*Process, error) {
 		unix.Close(fd)
 		return nil, err
 	}
-	return newProcess(id, fd, false, k), nil
+	return newProcess(id, fd, false, nil), nil
 }
 
 // pidOf reads the "Pid:" line of a pidfd's fdinfo, pidfd_open(2).
