@@ -30,7 +30,7 @@ func TestConformance(t *testing.T) {
 		run(t, "sh", "-c", "for i in $(seq 50); do zpool destroy -f mvtconf && exit; sleep 0.2; done; exit 1")
 	})
 	conformance.RunStorage(t, conformance.Config{
-		Command:   []string{bin, "--pool", "mvtconf", "--worker-user", "nobody", "--allow-source-range", "127.0.0.0/8"},
+		Command:   []string{bin, "--pool", "mvtconf", "--slow", "10", "--worker-user", "nobody", "--allow-source-range", "127.0.0.0/8"},
 		ImportURL: true,
 		// The lab is slow: a developer may want a part, as "rollback,import".
 		Only: strings.FieldsFunc(os.Getenv("MVIRT_CONFORMANCE_ONLY"), func(r rune) bool { return r == ',' }),

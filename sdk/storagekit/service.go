@@ -52,6 +52,8 @@ type Options struct {
 	Clock   Clock
 	// Retry is the time between attempts to make a missing place ready, and between looks for trouble; 0: 30 s.
 	Retry time.Duration
+	// Patience is how long a call waits while the place is looked at for the first time; 0: 30 s.
+	Patience time.Duration
 	// FailPoint, in tests, is called between the steps of each change; it may kill the process.
 	FailPoint func(step string)
 }
@@ -105,6 +107,9 @@ func Open(ctx context.Context, b Backend, o Options) (*Service, error) {
 	}
 	if o.Clock == nil {
 		o.Clock = time.Now
+	}
+	if o.Patience == 0 {
+		o.Patience = callPatience
 	}
 	if o.Retry == 0 {
 		o.Retry = 30 * time.Second
@@ -245,7 +250,7 @@ func (s *Service) db(ctx context.Context) (*store.Store, error) {
 	if st := s.store.Load(); st != nil {
 		return st, s.answers(ctx)
 	}
-	patience := time.NewTimer(callPatience)
+	patience := time.NewTimer(s.opts.Patience)
 	defer patience.Stop()
 	select {
 	case <-s.started:

@@ -21,8 +21,8 @@ var pluginSection = regexp.MustCompile(`(?m)^\[plugin\.[a-z]+\]$`)
 func (s *story) configure(text string) string {
 	if s.pool != "" {
 		data := filepath.Join(s.place.Dir, "storage")
-		text = storageSection.ReplaceAllLiteralString(text, fmt.Sprintf("[plugin.storage]\ncommand = %q\nargs = [\"--pool\", %q]\ndata_dir = %q\n"+
-			"user = \"root\"\ncapabilities = [\"CAP_SYS_ADMIN\", \"CAP_CHOWN\", \"CAP_DAC_OVERRIDE\", \"CAP_FOWNER\"]\nworker_user = \"mvirt-worker\"\n\n", filepath.Join(s.place.Dir, "bin", "mvirt-zfs"), s.pool, data))
+		text = storageSection.ReplaceAllLiteralString(text, fmt.Sprintf("[plugin.storage]\ncommand = %q\nargs = [\"--pool\", %q, \"--slow\", \"%d\"]\ndata_dir = %q\n"+
+			"user = \"root\"\ncapabilities = [\"CAP_SYS_ADMIN\", \"CAP_CHOWN\", \"CAP_DAC_OVERRIDE\", \"CAP_FOWNER\"]\nworker_user = \"mvirt-worker\"\n\n", filepath.Join(s.place.Dir, "bin", "mvirt-zfs"), s.pool, s.slow, data))
 	}
 	if s.slow > 1 {
 		text = pluginSection.ReplaceAllString(text, "$0\nstart_timeout = \"2m\"\nhealth_deadline = \"30s\"")

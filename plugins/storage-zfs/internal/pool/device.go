@@ -35,7 +35,7 @@ const (
 )
 
 // systemDevices are those of the running kernel.
-type systemDevices struct{}
+type systemDevices struct{ wait time.Duration }
 
 var zvolNode = regexp.MustCompile(`^zd[0-9]+$`)
 
@@ -73,8 +73,8 @@ func lookUp(dataset string) (string, bool) {
 	return "", false
 }
 
-func (systemDevices) Node(ctx context.Context, dataset string, wait bool) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, deviceWait)
+func (d systemDevices) Node(ctx context.Context, dataset string, wait bool) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, d.wait)
 	defer cancel()
 	t := time.NewTicker(devicePause)
 	defer t.Stop()
@@ -91,7 +91,7 @@ func (systemDevices) Node(ctx context.Context, dataset string, wait bool) (strin
 			if errors.Is(ctx.Err(), context.Canceled) {
 				return "", ctx.Err()
 			}
-			return "", errs.New(errs.Unavailable, "the device node of %s did not appear in %v", dataset, deviceWait).Because("NO_DEVICE").
+			return "", errs.New(errs.Unavailable, "the device node of %s did not appear in %v", dataset, d.wait).Because("NO_DEVICE").
 				Do("check that udev runs and that volmode of the pool's volumes is not none")
 		}
 	}
@@ -102,7 +102,7 @@ func (d systemDevices) Open(ctx context.Context, dataset string) (*os.File, erro
 	if err != nil {
 		return nil, err
 	}
-	deadline := time.Now().Add(deviceWait)
+	deadline := time.Now().Add(d.wait)
 	for {
 		// O_EXCL on a block device: nobody else may have it open in this way, or mounted (open(2)).
 		f, err := os.OpenFile(path, os.O_RDWR|os.O_EXCL, 0)

@@ -48,14 +48,14 @@ func crashChild(args []string) int {
 			select {}
 		}
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Minute)
 	defer cancel()
 	var s *storagekit.Service
 	if dir, ok := strings.CutPrefix(args[0], "fake:"); ok {
 		s, err = fakeService(ctx, dir, o)
 	} else {
 		var b *Backend
-		if b, err = New(Options{Pool: args[0], Step: o.FailPoint}); err == nil {
+		if b, err = New(Options{Pool: args[0], Step: o.FailPoint, Slow: slow}); err == nil {
 			s, err = storagekit.Open(ctx, b, o)
 		}
 	}

@@ -29,6 +29,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/mvirt/mvirt/plugins/storage-zfs/internal/zfscmd"
 	"github.com/mvirt/mvirt/sdk/errs"
@@ -60,6 +61,7 @@ const maxProperty = 8191
 type Options struct {
 	Pool      string
 	BlockSize uint32 // of new volumes; 0: 16384
+	Slow      int    // factor on limits of time, for a host that is emulated; 0: 1
 	Run       *zfscmd.Runner
 	Devices   Devices // nil: the system's
 	Step      func(string)
@@ -100,10 +102,10 @@ func New(o Options) (*Backend, error) {
 		return nil, err
 	}
 	if o.Run == nil {
-		o.Run = &zfscmd.Runner{}
+		o.Run = &zfscmd.Runner{Slow: o.Slow}
 	}
 	if o.Devices == nil {
-		o.Devices = systemDevices{}
+		o.Devices = systemDevices{wait: deviceWait * time.Duration(max(o.Slow, 1))}
 	}
 	if o.Step == nil {
 		o.Step = func(string) {}

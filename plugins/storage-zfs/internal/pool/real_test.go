@@ -99,11 +99,16 @@ func poolIn(t testing.TB, dir string, size int64, layout []string, options ...st
 	return name
 }
 
-func kitOptions() storagekit.Options { return storagekit.Options{WorkerUser: "nobody"} }
+// slow is for the lab on a host that is busy.
+const slow = 10
+
+func kitOptions() storagekit.Options {
+	return storagekit.Options{WorkerUser: "nobody", Patience: slow * 30 * time.Second}
+}
 
 func open(t testing.TB, pool string, o storagekit.Options) *storagekit.Service {
 	t.Helper()
-	b, err := New(Options{Pool: pool, Step: o.FailPoint})
+	b, err := New(Options{Pool: pool, Step: o.FailPoint, Slow: slow})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -117,7 +122,7 @@ func open(t testing.TB, pool string, o storagekit.Options) *storagekit.Service {
 
 func shut(t testing.TB, s *storagekit.Service) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), slow*60*time.Second)
 	defer cancel()
 	if err := s.Shutdown(ctx); err != nil {
 		t.Errorf("Shutdown: %v", err)

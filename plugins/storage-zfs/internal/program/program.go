@@ -33,6 +33,7 @@ func New() plugin.Program {
 		Flags: func(fs *pflag.FlagSet) {
 			fs.StringVar(&o.Pool, "pool", "", "pool that volumes, templates and metadata.db are kept in (required)")
 			fs.Uint32Var(&o.BlockSize, "block-size", 16384, "volblocksize of new volumes, in bytes")
+			fs.IntVar(&o.Slow, "slow", 1, "factor on the time that ZFS commands and udev may take, for an emulated host")
 			kit.Register(fs)
 		},
 		Open: func(ctx context.Context, env plugin.Env) (service.Base, error) {

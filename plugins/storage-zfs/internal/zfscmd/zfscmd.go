@@ -70,12 +70,15 @@ func (e *Error) Unwrap() error { return e.Err }
 // Runner runs commands. The zero value uses the system's.
 type Runner struct {
 	Dir   string // where the programs are; "": looked up on PATH
+	Slow  int    // factor on limits of time, for a host that is emulated; 0: 1
 	Sleep func(ctx context.Context, d time.Duration) error
 }
 
+func (r *Runner) limit(d time.Duration) time.Duration { return d * time.Duration(max(r.Slow, 1)) }
+
 // List runs a command that changes nothing and returns its lines, split at tabs (option -H).
 func (r *Runner) List(ctx context.Context, args ...string) ([][]string, error) {
-	ctx, cancel := context.WithTimeout(ctx, listLimit)
+	ctx, cancel := context.WithTimeout(ctx, r.limit(listLimit))
 	defer cancel()
 	out, err := r.run(ctx, args)
 	if err != nil {
@@ -91,9 +94,9 @@ func (r *Runner) List(ctx context.Context, args ...string) ([][]string, error) {
 // Change runs a command that changes something. While the dataset is busy it tries again for a few seconds,
 // but not what makes a dataset, which may be there after all.
 func (r *Runner) Change(ctx context.Context, args ...string) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), changeLimit)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.limit(changeLimit))
 	defer cancel()
-	deadline := time.Now().Add(busyWait)
+	deadline := time.Now().Add(r.limit(busyWait))
 	makes := args[1] == "clone" || args[1] == "create"
 	for {
 		_, err := r.run(ctx, args)
