@@ -38,6 +38,7 @@ type Objects struct {
 	pending []string   // interned since the last Done: numbers next-len … next-1
 	fresh   map[string]uint32
 	damaged damage
+	known   sieve
 }
 
 // damage remembers what could not be read: each try costs Pebble the search for a flipped bit.
@@ -131,9 +132,10 @@ func (d *Objects) Find(text []byte) (num uint32, ok bool, err error) {
 		}
 	}
 	num, ok = d.fresh[string(text)]
+	lacks := d.known.lacks(h)
 	d.mu.Unlock()
-	if ok {
-		return num, true, nil
+	if ok || lacks {
+		return num, ok, nil
 	}
 	v, closer, err := d.db.Get(keys.BytesKey(keys.Object, text))
 	if errors.Is(err, pebble.ErrNotFound) {
@@ -169,7 +171,9 @@ func (d *Objects) Intern(text []byte) (uint32, error) {
 	s := string(text)
 	d.fresh[s] = num
 	d.pending = append(d.pending, s)
-	d.putLocked(d.Hash(text), s, num)
+	h := d.Hash(text)
+	d.known.add(h)
+	d.putLocked(h, s, num)
 	return num, nil
 }
 

@@ -3,10 +3,14 @@ package dict
 import (
 	"errors"
 	"fmt"
+	"io"
 	"testing"
 
 	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"github.com/mvirt/mvirt/plugins/log-lsm/internal/head"
+	"github.com/mvirt/mvirt/plugins/log-lsm/internal/keys"
 )
 
 func open(t *testing.T) *pebble.DB {
@@ -110,5 +114,67 @@ func TestShapes(t *testing.T) {
 		if num != uint32(i+2) {
 			t.Fatalf("shape %d has number %d", i, num)
 		}
+	}
+}
+
+// counting counts what a dictionary asks the store.
+type counting struct {
+	*pebble.DB
+	n int
+}
+
+func (c *counting) Get(key []byte) ([]byte, io.Closer, error) { c.n++; return c.DB.Get(key) }
+
+// TestSieve: the store is not asked for new ids, known ones are found as ever, also those of before a restart.
+func TestSieve(t *testing.T) {
+	db := &counting{DB: open(t)}
+	fill := func(d *Objects) {
+		it, err := db.NewIter(&pebble.IterOptions{LowerBound: []byte{keys.Object}, UpperBound: []byte{keys.Object + 1}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Fill(it, nil)
+		if err := it.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d := NewObjects(db, 1, 1)
+	fill(d)
+	const n = 20_000 // more than are kept in memory
+	nums := map[string]uint32{}
+	for round := range 3 {
+		db.n = 0
+		for i := range n {
+			id := fmt.Sprintf("id-%d-%d", round, i)
+			num, err := d.Intern([]byte(id))
+			if err != nil {
+				t.Fatal(err)
+			}
+			nums[id] = num
+		}
+		if db.n > n/100 {
+			t.Errorf("round %d: the store was asked %d times for %d new ids", round, db.n, n)
+		}
+		flushed(t, db.DB, d.Flush)
+		d.Done()
+		if round == 1 {
+			d = NewObjects(db, d.Next(), 1)
+			fill(d)
+		}
+	}
+	seen := map[uint32]bool{}
+	for id, want := range nums {
+		if num, err := d.Intern([]byte(id)); err != nil || num != want || seen[num] {
+			t.Fatalf("%s: %d, %v, want %d", id, num, err, want)
+		}
+		seen[want] = true
+	}
+	var s sieve
+	s.ready = true
+	for i := range uint64(sieveMost + 1) {
+		s.add(head.ObjectHash{A: i << 32, B: i})
+	}
+	if s.lacks(head.ObjectHash{A: 1, B: 1}) {
+		t.Error("a sieve that is given up still says that an id is new")
 	}
 }

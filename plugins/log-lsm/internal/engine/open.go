@@ -114,6 +114,12 @@ func Open(opt Options) (*Store, error) {
 		return s, nil
 	}
 	s.checkSpace()
+	if it, err := s.db.NewIter(&pebble.IterOptions{LowerBound: []byte{keys.Object}, UpperBound: []byte{keys.Object + 1}}); err == nil {
+		s.wg.Go(func() {
+			s.objects.Fill(it, s.done)
+			_ = it.Close() // what it says, Fill has seen
+		})
+	}
 	s.wg.Add(4)
 	go s.commitLoop()
 	go s.syncLoop()
