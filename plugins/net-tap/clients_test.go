@@ -189,6 +189,12 @@ func clientRoot(t *testing.T) string {
 		}
 		p.pick(f)
 	}
+	// Busybox's sh prefers its own applets, which lack options that the script uses.
+	script, err := os.ReadFile(filepath.Join(from, "sbin/dhclient-script"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.put([]byte(strings.Replace(string(script), "#!/bin/sh", "#!/bin/bash", 1)), "sbin/dhclient-script")
 	p.glob("etc/dhcp/dhclient-*-hooks.d/*")
 	p.glob("usr/lib/dhcpcd/dhcpcd-hooks/*")
 	loader, err := os.ReadFile(filepath.Join(from, "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"))
@@ -257,7 +263,7 @@ func TestDHCPClients(t *testing.T) {
 	v.login()
 	v.run(true, "sh /setup once")
 	for _, client := range []struct{ name, start, stop, dns string }{
-		{"dhclient", "dhclient -4 -1 -pf /run/d4.pid -lf /var/lib/dhcp/d4 eth0 && sleep 3 && dhclient -6 -1 -pf /run/d6.pid -lf /var/lib/dhcp/d6 eth0",
+		{"dhclient", "dhclient -v -4 -1 -pf /run/d4.pid -lf /var/lib/dhcp/d4 eth0 && sleep 3 && dhclient -v -6 -1 -pf /run/d6.pid -lf /var/lib/dhcp/d6 eth0",
 			"killall dhclient; true", "cat /etc/resolv.conf"},
 		{"dhcpcd", "dhcpcd -t 60 -w eth0", "dhcpcd -x eth0; killall dhcpcd; true", "cat /etc/resolv.conf"},
 		{"systemd-networkd", "mount -o remount,ro /sys; (/lib/systemd/systemd-networkd >/tmp/networkd 2>&1 &)", "killall systemd-networkd; mount -o remount,rw /sys; true",

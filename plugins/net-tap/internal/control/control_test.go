@@ -220,7 +220,7 @@ func (r *rig) up(n net.NIC) *testguest.Guest {
 
 func ping(t *testing.T, g *testguest.Guest, dst string) uint8 {
 	t.Helper()
-	ttl, err := g.Ping(wire.IP4Of(netip.MustParseAddr(dst)), 3*time.Second)
+	ttl, err := g.Ping(wire.IP4Of(netip.MustParseAddr(dst)), 30*time.Second)
 	if err != nil {
 		t.Error(err)
 	}

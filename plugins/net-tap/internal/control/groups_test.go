@@ -116,7 +116,7 @@ func TestUpdates(t *testing.T) {
 	r.network(nat("lan"), func(q *net.CreateNetworkRequest) { q.Subnet6 = prefix("fd00:1::/64") })
 	nic := r.nic("lan")
 	a, b := r.up(nic), r.up(r.nic("lan"))
-	if err := a.Up6(3 * time.Second); err != nil {
+	if err := a.Up6(30 * time.Second); err != nil {
 		t.Fatal(err)
 	}
 	mustSh(t, "ping -c1 -W2 %s", a.IP.Addr())
@@ -125,13 +125,13 @@ func TestUpdates(t *testing.T) {
 	if err != nil || n.Name != "renamed" || n.MTU != 1400 || n.HostAccess {
 		t.Fatalf("%+v %v", n, err)
 	}
-	if _, err := a.Wait(3*time.Second, func(f []byte) bool { // an advertisement with the new server
+	if _, err := a.Wait(30*time.Second, func(f []byte) bool { // an advertisement with the new server
 		return wire.Be16(f[12:]) == wire.TypeIPv6 && f[20] == wire.ProtoICMPv6 && f[54] == wire.ICMP6RA &&
 			wire.Be16(f[84:]) == 1400
 	}); err != nil {
 		t.Error("no advertisement after the update:", err)
 	}
-	if err := a.Up(3 * time.Second); err != nil { // the next lease
+	if err := a.Up(30 * time.Second); err != nil { // the next lease
 		t.Fatal(err)
 	}
 	if a.Lease.DNS()[0].String() != "9.9.9.9" || a.Lease.DomainName() != "example.net" {
@@ -155,13 +155,13 @@ func TestUpdates(t *testing.T) {
 		}
 	}
 	_ = a.Send(a.UDP(a.GW, a.IP, wire.IP4Of(routed), 1, 2, nil))
-	if _, err := b.Wait(time.Second, func(f []byte) bool {
+	if _, err := b.Wait(30*time.Second, func(f []byte) bool {
 		return wire.Be16(f[12:]) == wire.TypeIPv4 && wire.GetIP4(f[30:]) == wire.IP4Of(routed)
 	}); err != nil {
 		t.Error("the routed prefix does not reach its NIC:", err)
 	}
 	_ = b.Send(b.UDP(b.GW, wire.IP4Of(routed), a.IP, 2, 1, nil))
-	if _, err := a.Wait(time.Second, func(f []byte) bool {
+	if _, err := a.Wait(30*time.Second, func(f []byte) bool {
 		return wire.Be16(f[12:]) == wire.TypeIPv4 && wire.GetIP4(f[26:]) == wire.IP4Of(routed)
 	}); err != nil {
 		t.Error("the NIC may not send from its routed prefix:", err)

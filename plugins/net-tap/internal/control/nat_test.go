@@ -144,7 +144,7 @@ func TestHostRouteCollision(t *testing.T) {
 
 func ping6(t *testing.T, g *testguest.Guest, dst string) uint8 {
 	t.Helper()
-	hops, err := g.Ping6(wire.IP6Of(netip.MustParseAddr(dst)), 3*time.Second)
+	hops, err := g.Ping6(wire.IP6Of(netip.MustParseAddr(dst)), 30*time.Second)
 	if err != nil {
 		t.Error(err)
 	}
@@ -173,7 +173,7 @@ ip -6 route add default via 2001:db8::1`)
 	na := r.nic("dual")
 	a, b, c := r.up(na), r.up(r.nic("dual")), r.guest(r.nic("six"))
 	for _, g := range []*testguest.Guest{a, b, c} {
-		if err := g.Up6(3 * time.Second); err != nil {
+		if err := g.Up6(30 * time.Second); err != nil {
 			t.Fatal(err)
 		}
 	}

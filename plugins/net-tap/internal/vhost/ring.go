@@ -43,6 +43,7 @@ type ring struct {
 	enabled  bool
 
 	lastAvail uint16 // next to fetch
+	seen      uint16 // the driver's index when it was last looked at
 	usedIdx   uint16 // next to give back
 	signalled uint16 // usedIdx at the last call
 	valid     bool   // signalled means something
@@ -102,7 +103,8 @@ func u16at(b []byte, off int) *uint16 {
 
 // waiting is how many chains the driver has made available.
 func (r *ring) waiting() (uint16, error) {
-	n := uint16(word(r.avail).Load()>>16) - r.lastAvail
+	r.seen = uint16(word(r.avail).Load() >> 16)
+	n := r.seen - r.lastAvail
 	if uint32(n) > r.num {
 		return 0, errors.New("the available index has jumped")
 	}
@@ -252,6 +254,16 @@ func (r *ring) rearm() {
 		*u16at(r.used, 4+8*int(r.num)) = r.lastAvail
 		fence()
 	}
+}
+
+// await asks for a kick about the next chain that the driver adds, whatever lies in the ring unused, and says
+// whether it has added some since the ring was last looked at: for those there was no kick.
+func (r *ring) await() bool {
+	if r.eventIdx && !r.quiet && r.started {
+		*u16at(r.used, 4+8*int(r.num)) = uint16(word(r.avail).Load() >> 16)
+		fence()
+	}
+	return uint16(word(r.avail).Load()>>16) != r.seen
 }
 
 // fence is a full memory barrier.

@@ -54,7 +54,9 @@ func (p *Port) Transmit(pkts []*engine.Packet) (packets, bytes int) {
 	for i := range pairs {
 		p.finish(&p.rings[2*i], used[i])
 	}
-	p.wantRoom()
+	if p.wantRoom() {
+		p.drain()
+	}
 	return packets, bytes
 }
 
@@ -78,25 +80,35 @@ func (p *Port) finish(r *ring, used uint16) {
 	}
 }
 
-// wantRoom asks for kicks about new buffers while packets wait, and for none otherwise.
-func (p *Port) wantRoom() {
+// wantRoom asks for kicks about new buffers while packets wait, and for none otherwise. It says whether there are
+// new buffers already, for which no kick will come.
+func (p *Port) wantRoom() bool {
 	r := &p.rings[0]
 	if !r.live() {
-		return
+		return false
 	}
 	if p.backlog.empty() {
 		r.notify(false)
-		return
+		return false
 	}
 	r.notify(true)
-	r.rearm()
+	return r.await()
 }
+
+// drainMax bounds how often drain looks again at a ring whose driver adds buffers all the time.
+const drainMax = 64
 
 // drain delivers what waits.
 func (p *Port) drain() {
-	if p.backlog.empty() || !p.up || p.trouble != nil {
-		return
+	for range drainMax {
+		if p.backlog.empty() || !p.up || p.trouble != nil || !p.drainOnce() {
+			return
+		}
 	}
+}
+
+// drainOnce delivers what there are buffers for, and says whether there are new ones.
+func (p *Port) drainOnce() bool {
 	r := &p.rings[0]
 	var used uint16
 	for !p.backlog.empty() {
@@ -111,7 +123,7 @@ func (p *Port) drain() {
 		p.backlog.pop()
 	}
 	p.finish(r, used)
-	p.wantRoom()
+	return p.wantRoom()
 }
 
 // give delivers one packet as this guest can take it: with the offloads that its driver negotiated, and

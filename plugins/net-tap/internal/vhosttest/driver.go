@@ -341,7 +341,7 @@ func (d *Driver) Connect(path string) error {
 	if err := wctl.WithPath(path, func(p string) error { return unix.Connect(fd, &unix.SockaddrUnix{Name: p}) }); err != nil {
 		return err
 	}
-	tv := unix.NsecToTimeval(int64(5 * time.Second))
+	tv := unix.NsecToTimeval(int64(30 * time.Second))
 	_ = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv)
 	return d.negotiate()
 }

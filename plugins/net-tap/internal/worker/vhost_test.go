@@ -126,7 +126,7 @@ func pattern(n int) []byte {
 // arrives waits for a frame with this payload.
 func arrives(t *testing.T, d *vhosttest.Driver, pair int, payload []byte) []byte {
 	t.Helper()
-	hdr, f, err := d.WaitFrame(pair, 5*time.Second, func(_, f []byte) bool { return len(f) == 42+len(payload) })
+	hdr, f, err := d.WaitFrame(pair, 30*time.Second, func(_, f []byte) bool { return len(f) == 42+len(payload) })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -177,7 +177,7 @@ func TestVhostMultiQueue(t *testing.T) {
 		da.SendBatch(pair, [12]byte{}, frame("a", "b", pattern(10+pair)))
 	}
 	got := 0
-	for end := time.Now().Add(5 * time.Second); got < 4 && time.Now().Before(end); {
+	for end := time.Now().Add(30 * time.Second); got < 4 && time.Now().Before(end); {
 		for pair := range 4 {
 			got += db.Receive(pair, 10, func(_, f []byte) {})
 		}
@@ -258,7 +258,7 @@ func TestVhostOffloads(t *testing.T) {
 			}
 			got, next := []byte{}, uint32(5000)
 			for len(got) < total {
-				h, s, err := db.WaitFrame(0, 5*time.Second, func(_, _ []byte) bool { return true })
+				h, s, err := db.WaitFrame(0, 30*time.Second, func(_, _ []byte) bool { return true })
 				if err != nil {
 					t.Fatalf("after %d bytes: %v", len(got), err)
 				}
@@ -330,7 +330,7 @@ func TestVhostSlowGuest(t *testing.T) {
 		}
 	}
 	for i := range n {
-		_, f, err := db.WaitFrame(0, 5*time.Second, func(_, _ []byte) bool { return true })
+		_, f, err := db.WaitFrame(0, 30*time.Second, func(_, _ []byte) bool { return true })
 		if err != nil || binary.LittleEndian.Uint32(f[42:]) != uint32(i) {
 			t.Fatalf("packet %d: %v", i, err)
 		}
@@ -342,7 +342,7 @@ func TestVhostSlowGuest(t *testing.T) {
 			time.Sleep(time.Microsecond)
 		}
 	}
-	deadline := time.Now().Add(5 * time.Second)
+	deadline := time.Now().Add(30 * time.Second)
 	for b.status("a").TxPackets < n+10000 && time.Now().Before(deadline) {
 		time.Sleep(time.Millisecond)
 	}
@@ -449,7 +449,7 @@ func TestVhostMalformed(t *testing.T) {
 			db := b.dial("b", vhosttest.Options{})
 			da := b.dial("a", vhosttest.Options{})
 			tt.do(da)
-			for end := time.Now().Add(5 * time.Second); !b.saw(tt.want); time.Sleep(time.Millisecond) {
+			for end := time.Now().Add(30 * time.Second); !b.saw(tt.want); time.Sleep(time.Millisecond) {
 				if time.Now().After(end) {
 					b.mu.Lock()
 					defer b.mu.Unlock()
@@ -492,7 +492,7 @@ func TestVhostBadBuffers(t *testing.T) {
 			da, db := b.dial("a", vhosttest.Options{}), b.dial("b", vhosttest.Options{})
 			do(db)
 			da.SendBatch(0, [12]byte{}, frame("a", "b", pattern(60)))
-			for end := time.Now().Add(5 * time.Second); !b.saw("b trouble"); time.Sleep(time.Millisecond) {
+			for end := time.Now().Add(30 * time.Second); !b.saw("b trouble"); time.Sleep(time.Millisecond) {
 				if time.Now().After(end) {
 					t.Fatal("nothing happened")
 				}
