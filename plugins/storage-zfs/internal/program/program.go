@@ -3,6 +3,7 @@ package program
 
 import (
 	"context"
+	"time"
 
 	"github.com/spf13/pflag"
 
@@ -13,6 +14,9 @@ import (
 	"github.com/mvirt/mvirt/sdk/storagekit/worker"
 	"github.com/mvirt/mvirt/sdk/version"
 )
+
+// patience is how long a call waits for the first look at the pool: the dozen commands of it take a second.
+const patience = 30 * time.Second
 
 // New describes the program.
 func New() plugin.Program {
@@ -46,6 +50,7 @@ func New() plugin.Program {
 			if err != nil {
 				return nil, err
 			}
+			opts.Patience = time.Duration(max(o.Slow, 1)) * patience
 			return storagekit.Open(ctx, b, opts)
 		},
 		Workers: map[string]func([]string) int{worker.Name: worker.Main},
