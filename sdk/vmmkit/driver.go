@@ -160,7 +160,7 @@ type Event struct {
 // Limits of time, for what hypervisors do at once or never.
 const (
 	askTimeout     = 10 * time.Second // pause, reset, …
-	connectTimeout = 30 * time.Second // from spawn to a running guest
+	connectTimeout = 2 * time.Minute  // from spawn to a running guest: memory may have to be found first
 	resizeTimeout  = 40 * time.Second // a guest lets vCPUs go in its own time
 	quitTimeout    = 5 * time.Second  // from Quit to SIGKILL
 	stopTimeout    = 60 * time.Second // of Stop, unless the caller says otherwise

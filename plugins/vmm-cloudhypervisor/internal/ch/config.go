@@ -12,6 +12,9 @@ import (
 func diskID(name string) string { return "disk-" + name }
 func nicID(id string) string    { return "nic-" + id }
 
+// hugePage is the size of the huge pages that are used, in bytes: every x86-64 processor has it.
+const hugePage = 2 << 20
+
 const cidataID = "cidata"
 
 // shared tells whether guest memory must be shared: exactly when a back-end in another process reads it.
@@ -35,6 +38,9 @@ func (d *Driver) config(m vmmkit.Machine, v chVersion) (chapi.VMConfig, error) {
 		Serial:  chapi.Console{Mode: "Socket", Socket: serialSocket},
 		Console: chapi.Console{Mode: "Off"},
 		PVPanic: true,
+	}
+	if s.HugePages {
+		c.Memory.HugePageSize = hugePage
 	}
 	if t := s.Topology; t != (vmm.Topology{}) {
 		c.CPUs.Topology = &chapi.Topology{ThreadsPerCore: t.Threads, CoresPerDie: t.Cores, DiesPerPackage: 1, Packages: t.Sockets}

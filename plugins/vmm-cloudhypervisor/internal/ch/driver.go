@@ -160,6 +160,9 @@ func (d *Driver) Conditions() []service.Condition {
 
 // Check says what of a definition cannot be done.
 func (d *Driver) Check(s vmm.Spec) error {
+	if s.HugePages && (s.MemoryBytes%hugePage != 0 || s.MaxMemory%hugePage != 0) {
+		return errs.Field("spec.memory_bytes", "give a multiple of 2 MiB", "%d MiB of memory in pages of 2 MiB", s.MemoryBytes>>20)
+	}
 	if s.Boot.HasKernel || s.Boot.Cmdline != "" {
 		return nil
 	}

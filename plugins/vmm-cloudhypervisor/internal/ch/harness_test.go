@@ -40,7 +40,7 @@ func TestMain(m *testing.M) {
 }
 
 // openAPI is where the published document is, beside the checkout.
-func openAPI(t *testing.T) string {
+func openAPI(t testing.TB) string {
 	t.Helper()
 	dir, err := os.Getwd()
 	if err != nil {
@@ -65,7 +65,7 @@ func (quietHost) Audit(context.Context, service.AuditRecord) error { return nil 
 func (quietHost) Publish(context.Context, service.Event) error     { return nil }
 
 type rig struct {
-	t     *testing.T
+	t     testing.TB
 	dir   string
 	m     *vmmkit.Manager
 	limit time.Duration
@@ -76,6 +76,11 @@ type rig struct {
 
 // newRig makes a plugin on a directory: bin holds the double, the rest is the plugin's.
 func newRig(t *testing.T) *rig {
+	t.Helper()
+	return newRigTB(t)
+}
+
+func newRigTB(t testing.TB) *rig {
 	t.Helper()
 	r := &rig{t: t, dir: t.TempDir(), limit: limit}
 	self, err := os.Executable()
@@ -199,7 +204,7 @@ func (r *rig) awaitState(id string, s vmm.State) vmm.VM {
 
 // screen is a console session.
 type screen struct {
-	t    *testing.T
+	t    testing.TB
 	in   chan []byte
 	news chan struct{}
 	end  chan error

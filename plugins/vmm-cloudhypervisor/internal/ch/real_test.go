@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -279,10 +280,16 @@ func TestRealStartTime(t *testing.T) {
 		}
 		return d
 	}
-	var a, b []time.Duration
-	for range 3 {
-		a = append(a, hand())
-		b = append(b, ours())
+	var ratios []float64
+	for range 5 { // in turn, so that what else the machine does falls on both
+		a := hand()
+		b := ours()
+		ratios = append(ratios, float64(b)/float64(a))
+		t.Logf("by hand %v, through the plugin %v: ratio %.3f", a, b, float64(b)/float64(a))
 	}
-	t.Logf("by hand %v, through the plugin %v", a, b)
+	slices.Sort(ratios)
+	t.Logf("figure start_ratio %.3f", ratios[len(ratios)/2])
+	if ratios[len(ratios)/2] > 1.5 { // the aim is 1.05; this is for a machine that does other things as well
+		t.Errorf("a start through the plugin takes %.2f times as long", ratios[len(ratios)/2])
+	}
 }

@@ -11,6 +11,8 @@ import (
 	"os"
 	"path/filepath"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/mvirt/mvirt/plugins/vmm-cloudhypervisor/internal/chapi"
 	"github.com/mvirt/mvirt/sdk/errs"
 	"github.com/mvirt/mvirt/sdk/vmm"
@@ -70,16 +72,37 @@ func prepareRestore(d *Driver, m vmmkit.Machine) (sharedMemory bool, err error) 
 	if err != nil {
 		return false, errs.Wrap(errs.Unknown, err, "the snapshot cannot be made ready")
 	}
-	memory := filepath.Join(r.Dir, snapMemory)
-	if _, err := os.Stat(memory); err != nil {
-		return false, errs.Wrap(errs.Corrupt, err, "the snapshot has no memory")
-	}
-	if err := os.Link(memory, filepath.Join(r.Work, snapMemory)); err != nil {
-		if err := os.Symlink(memory, filepath.Join(r.Work, snapMemory)); err != nil {
-			return false, errs.Wrap(errs.Unknown, err, "the snapshot's memory cannot be linked")
-		}
+	if err := giveMemory(filepath.Join(r.Dir, snapMemory), filepath.Join(r.Work, snapMemory), m.RunAs.UID); err != nil {
+		return false, err
 	}
 	return sharedMemory, nil
+}
+
+// giveMemory makes a snapshot's memory readable for a hypervisor of uid at dst. Who wrote it, or we, may have it
+// linked; the hypervisor of another VM has another uid, and gets a copy, which shares blocks where the file
+// system can.
+func giveMemory(src, dst string, uid uint32) error {
+	in, err := os.Open(src)
+	if err != nil {
+		return errs.Wrap(errs.Corrupt, err, "the snapshot has no memory")
+	}
+	defer in.Close()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(in.Fd()), &st); err != nil {
+		return os.NewSyscallError("fstat", err)
+	}
+	if st.Uid == uid && os.Link(src, dst) == nil {
+		return nil
+	}
+	out, err := os.OpenFile(dst, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o640)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(out, in)
+	if err := errors.Join(err, out.Close()); err != nil {
+		return errs.Wrap(errs.Unknown, err, "the snapshot's memory cannot be copied for the VM")
+	}
+	return nil
 }
 
 func rename(b []byte, pairs [][2]string) []byte {

@@ -83,7 +83,7 @@ func TestDevices(t *testing.T) {
 	got := r.config(vm.ID)
 	for path, want := range map[string]any{
 		"cpus.topology.cores_per_die": 2.0, "cpus.topology.threads_per_core": 2.0, "cpus.topology.packages": 1.0, "cpus.topology.dies_per_package": 1.0,
-		"cpus.nested": true, "cpus.max_vcpus": 4.0, "memory.hugepages": true, "memory.shared": nil, "watchdog": true,
+		"cpus.nested": true, "cpus.max_vcpus": 4.0, "memory.hugepages": true, "memory.hugepage_size": 2.0 * (1 << 20), "memory.shared": nil, "watchdog": true,
 		"vsock.cid": 7.0, "vsock.socket": vsockSocket, "disks.0.rate_limiter_config.bandwidth.size": 5.0 * (1 << 20),
 		"disks.0.rate_limiter_config.bandwidth.refill_time": 1000.0, "disks.0.rate_limiter_config.ops.size": 300.0,
 		"disks.1.rate_limiter_config.ops.size": 50.0, "disks.1.rate_limiter_config.bandwidth": nil, "landlock_enable": nil,

@@ -58,6 +58,8 @@ type Memory struct {
 	HotplugSize uint64 `json:"hotplug_size,omitempty"`
 	Shared      bool   `json:"shared,omitempty"`
 	HugePages   bool   `json:"hugepages,omitempty"`
+	// HugePageSize is said because without it the server asks a file system that is mounted on /dev/hugepages.
+	HugePageSize uint64 `json:"hugepage_size,omitempty"`
 }
 
 // Payload is PayloadConfig.
