@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/mvirt/mvirt/sdk/conformance"
 )
@@ -32,6 +33,8 @@ func TestConformance(t *testing.T) {
 	conformance.RunStorage(t, conformance.Config{
 		Command:   []string{bin, "--pool", "mvtconf", "--slow", "10", "--worker-user", "nobody", "--allow-source-range", "127.0.0.0/8"},
 		ImportURL: true,
+		// For a lab on a host that is busy.
+		StartTimeout: 3 * time.Minute, CheckTimeout: 20 * time.Minute,
 		// The lab is slow: a developer may want a part, as "rollback,import".
 		Only: strings.FieldsFunc(os.Getenv("MVIRT_CONFORMANCE_ONLY"), func(r rune) bool { return r == ',' }),
 	})
