@@ -30,7 +30,7 @@ func TestRealSnapshot(t *testing.T) {
 	}
 	const mac = "52:54:00:00:00:21"
 	first, root := tap(), disk(g.RootRaw)
-	spec := vmm.Spec{Name: "snap", CPUs: 1, MemoryBytes: 192 << 20, Boot: vmm.Boot{Cmdline: "console=ttyS0 quiet root=LABEL=" + guest.Label},
+	spec := vmm.Spec{Name: "snap", CPUs: 1, MemoryBytes: 128 << 20, Boot: vmm.Boot{Cmdline: "console=ttyS0 quiet root=LABEL=" + guest.Label},
 		Disks: []vmm.Disk{{Name: "root", VolumeID: root.VolumeID}}, Vsock: 9, CloudInit: vmm.CloudInit{UserData: "#!/bin/sh\n:\n"}}
 	nic := vmm.NICAttachment{NICID: ident.New(), MAC: mac, TAP: first.Queues, Queues: 1}
 	spec.NICs = []vmm.NIC{{NICID: nic.NICID, MAC: mac}}
