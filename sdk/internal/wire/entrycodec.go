@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"errors"
 	"fmt"
 	"time"
 	stdutf8 "unicode/utf8"
@@ -159,13 +160,13 @@ func decodeEntries(b []byte) ([]log.Entry, error) {
 		if len(ids) > first {
 			list[i].Objects = ids[first:len(ids):len(ids)]
 		}
-		if !validText(&list[i]) {
-			return nil, badRequest(fmt.Errorf("entry %d: text is not UTF-8", i))
-		}
 		i++
 	}
 	return list, nil
 }
+
+// errText is for what must be UTF-8 and is not.
+var errText = errors.New("text is not UTF-8")
 
 func badRequest(err error) error {
 	return errs.Wrap(errs.Invalid, err, "the request is not as log.proto says")
@@ -195,6 +196,9 @@ func decodeEntry(e *log.Entry, b []byte, ids []string) ([]string, error) {
 			v, k := protowire.ConsumeBytes(b)
 			if n = k; k < 0 {
 				break
+			}
+			if num != fieldObjects && num != fieldLabels && !stdutf8.Valid(v) {
+				return ids, errText
 			}
 			switch num {
 			case fieldID:
@@ -231,9 +235,13 @@ func decodeLabel(e *log.Entry, b []byte) error {
 		b = b[n:]
 		if (num == fieldKey || num == fieldValue) && typ == protowire.BytesType {
 			v, k := protowire.ConsumeBytes(b)
-			if n = k; k >= 0 && num == fieldKey {
+			n = k
+			switch {
+			case k >= 0 && !stdutf8.Valid(v):
+				return errText
+			case k >= 0 && num == fieldKey:
 				key = own(v)
-			} else if k >= 0 {
+			case k >= 0:
 				val = own(v)
 			}
 		} else {
