@@ -298,7 +298,7 @@ func (c *chaos) managed(ctx context.Context, begin time.Time, most time.Duration
 	}
 	defer func() { conn.Close() }()
 	up := time.Time{}
-	last := errors.New("no answer yet")
+	var last error
 	for {
 		err := func() error {
 			ctx, cancel := context.WithTimeout(ctx, 5*time.Second)

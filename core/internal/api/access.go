@@ -29,16 +29,16 @@ const maxToken = 512
 // tokenOf is the bearer token of a call, or "".
 func tokenOf(ctx context.Context) string {
 	md, _ := metadata.FromIncomingContext(ctx)
-	for _, v := range md.Get("authorization") {
-		if scheme, token, ok := strings.Cut(v, " "); ok && strings.EqualFold(scheme, "bearer") {
-			if token = strings.TrimSpace(token); token == "" || len(token) > maxToken {
-				return "(none)" // one that was meant and is not usable must not turn into no token at all
-			}
-			return token
-		}
-		return "(none)"
+	all := md.Get("authorization")
+	if len(all) == 0 {
+		return ""
 	}
-	return ""
+	scheme, token, ok := strings.Cut(all[0], " ")
+	token = strings.TrimSpace(token)
+	if !ok || len(all) > 1 || !strings.EqualFold(scheme, "bearer") || token == "" || len(token) > maxToken {
+		return "(none)" // one that was meant and is not usable must not turn into no token at all
+	}
+	return token
 }
 
 // identify fills in who calls and what they may do.

@@ -110,6 +110,9 @@ func (a *vmsAPI) Create(ctx context.Context, req *apiv1.CreateVMRequest) (*apiv1
 		return nil, err
 	}
 	if req.GetId() != "" {
+		if err := a.settle(ctx, "vm:"+id); err != nil {
+			return nil, err
+		}
 		if vm, err := a.vmm.Get(ctx, vmm.Ref{Ref: id}); err == nil {
 			return a.repeated(ctx, vm, spec, req)
 		}
