@@ -55,7 +55,7 @@ say console
 type_at web root '/root # '
 type_at web "X=remem''bered; echo before >/root/file; sync; echo is \$X" 'is remembered'
 
-say the packet worker is killed: the guest's network comes back by itself
+say 'the packet worker is killed: the network of the guest comes back by itself'
 worker=$(pgrep -u mvirt-worker | head -1)
 tr '\0' ' ' </proc/$worker/cmdline; echo
 kill -9 "$worker"
