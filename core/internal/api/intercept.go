@@ -170,7 +170,7 @@ func ran(ctx context.Context, op operation.Operation, err error) error {
 
 func (s *Server) newGRPC() *grpc.Server {
 	g := grpc.NewServer(grpc.Creds(peer.Credentials(s.tls, s.turnedAway)), grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage),
-		grpc.WriteBufferSize(writeBuffer), grpc.SharedWriteBuffer(true), // a buffer only while something is sent
+		grpc.WriteBufferSize(writeBuffer),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 		grpc.UnaryInterceptor(s.unary), grpc.StreamInterceptor(s.stream))
