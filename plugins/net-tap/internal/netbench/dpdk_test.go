@@ -52,7 +52,7 @@ func startTestpmd(t *testing.T, name string, cpu int, vdevs []string, args ...st
 	for _, v := range vdevs {
 		eal = append(eal, "--vdev", v)
 	}
-	p := &testpmd{cmd: exec.Command(bin, append(append(eal, "--", "--auto-start", "--nb-cores=1", "--no-flush-rx", "--total-num-mbufs=16384", "--txd=1024", "--rxd=1024"), args...)...)}
+	p := &testpmd{cmd: exec.Command("stdbuf", append([]string{"-oL", bin}, append(append(eal, "--", "--auto-start", "--nb-cores=1", "--no-flush-rx", "--total-num-mbufs=16384", "--txd=1024", "--rxd=1024"), args...)...)...)}
 	p.cmd.Env = append(os.Environ(), "LD_PRELOAD="+strings.Join(pmds, ":"))
 	in, err := p.cmd.StdinPipe() // it ends when its input does
 	if err != nil {
@@ -151,16 +151,15 @@ func (p path) rate(t *testing.T, size int, limit time.Duration) float64 {
 func (p *testpmd) pause()  { _ = p.cmd.Process.Signal(unix.SIGSTOP) }
 func (p *testpmd) resume() { _ = p.cmd.Process.Signal(unix.SIGCONT) }
 
-// realTime lets a thread run before all that is not: a ring between two threads stands still whenever either is
-// taken off its core, and what else runs on the machine would be what is measured. The kernel leaves a twentieth
-// of the time to others.
-func realTime(t *testing.T, tid int, on bool) {
+// first lets a thread run before all others: a ring between two threads stands still whenever either is taken off
+// its core, and what else runs on the machine would be what is measured.
+func first(t *testing.T, tid int, on bool) {
 	t.Helper()
-	a := &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_NORMAL}
+	nice := 0
 	if on {
-		a.Policy, a.Priority = unix.SCHED_FIFO, 1
+		nice = -20
 	}
-	if err := unix.SchedSetAttr(tid, a, 0); err != nil {
+	if err := unix.Setpriority(unix.PRIO_PROCESS, tid, nice); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -181,7 +180,7 @@ func pin(t *testing.T, pid, cpu int) {
 				t.Fatal(err)
 			}
 		}
-		realTime(t, tid, true)
+		first(t, tid, true)
 	}
 }
 
@@ -193,9 +192,9 @@ func alone(t *testing.T) (end func()) {
 	_ = unix.SchedGetaffinity(0, &was)
 	set.Set(frontCPU)
 	_ = unix.SchedSetaffinity(0, &set)
-	realTime(t, 0, true)
+	first(t, 0, true)
 	return func() {
-		realTime(t, 0, false)
+		first(t, 0, false)
 		_ = unix.SchedSetaffinity(0, &was)
 		runtime.UnlockOSThread()
 	}
