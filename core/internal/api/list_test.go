@@ -12,6 +12,7 @@ import (
 	"github.com/mvirt/mvirt/core/apiv1"
 	"github.com/mvirt/mvirt/sdk/errs"
 	"github.com/mvirt/mvirt/sdk/service"
+	"github.com/mvirt/mvirt/sdk/storage"
 	"github.com/mvirt/mvirt/sdk/vmm"
 )
 
@@ -281,4 +282,24 @@ func TestPanicInAHandler(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	c.list()
+}
+
+// TestImportedIsUsable uses a template at the moment when its import is told to be done: the import's own operation
+// must not stand in the way.
+func TestImportedIsUsable(t *testing.T) {
+	c := newCore(t)
+	for i := range 30 {
+		name := fmt.Sprintf("img%d", i)
+		s, err := c.templates.Import(c.ctx(), &apiv1.ImportTemplateRequest{Name: name, Url: "https://example.org/x.qcow2"})
+		c.ok(err)
+		first, err := s.Recv()
+		c.ok(err)
+		c.sup.w.EndImport(first.GetId(), storage.ImportDone, "")
+		for m := first; m.GetState() != "done"; {
+			m, err = s.Recv()
+			c.ok(err)
+		}
+		_, err = c.volumes.Create(c.ctx(), &apiv1.CreateVolumeRequest{Name: "v-" + name, Template: name})
+		c.ok(err)
+	}
 }

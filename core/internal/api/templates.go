@@ -86,10 +86,8 @@ func (a *templatesAPI) follow(ctx context.Context, id, opID string, ss grpc.Serv
 		if i.State.Final() {
 			// The plugin is done a moment before our operation is, and until then the template is locked: whoever
 			// hears that the import is done must be able to use it.
-			if op := a.engine.On(i.ID); op != "" {
-				if err := a.engine.Watch(ctx, op, func(operation.Operation) error { return nil }); err != nil {
-					return err
-				}
+			if err := a.settle(ctx, "template:"+i.ID); err != nil {
+				return err
 			}
 		}
 		out := convert.Import(i, grpcCode)
