@@ -158,6 +158,14 @@ func (cl *Client) Forget(ctx context.Context, vmID string) error {
 	return err
 }
 
+// Share lets plugin and hypervisor both use what either has made in the VM's directory, also where a program made it
+// for itself alone, as cloud-hypervisor does its sockets. The directory stays the caller's.
+func (cl *Client) Share(ctx context.Context, vmID string, dir *os.File) error {
+	_, files, err := cl.call(ctx, &Request{Verb: VerbShare, VM: vmID}, dir)
+	closeAll(files)
+	return err
+}
+
 // List gives the VMs that have uids.
 func (cl *Client) List(ctx context.Context) ([]VM, error) {
 	r, err := cl.do(ctx, &Request{Verb: VerbList})

@@ -54,6 +54,7 @@ const (
 	VerbReach    Verb = "reach"    // make a path reachable in a running jail
 	VerbUnreach  Verb = "unreach"  // and take it away
 	VerbSize     Verb = "size"     // how many bytes a disk in a jail has
+	VerbShare    Verb = "share"    // let the plugin use what the hypervisor made in the VM's directory; with the directory's descriptor
 
 	VerbWorker    Verb = "worker"     // start the plugin's own program as a worker; the reply has a pidfd
 	VerbEndWorker Verb = "end-worker" // kill a worker of the plugin
@@ -202,7 +203,7 @@ func (r *Request) check() error {
 	bad := func(what string) error { return fmt.Errorf("%w: %s: %s", ErrMalformed, r.Verb, what) }
 	needs := struct{ vm, start, process, signal, path, worker bool }{vm: true}
 	switch r.Verb {
-	case VerbIdentity, VerbForget:
+	case VerbIdentity, VerbForget, VerbShare:
 	case VerbList:
 		needs.vm = false
 	case VerbStart:

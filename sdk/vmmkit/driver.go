@@ -54,6 +54,9 @@ type Machine struct {
 	State     json.RawMessage // what Prepare gave
 	Process   *proc.Process   // at Connect
 	Restore   *Restore        // at launch: start from this and boot nothing; nil otherwise
+	// Share, at Connect, lets us use what the hypervisor has made in Dir for itself alone (a socket of mode 0700). It
+	// does nothing where the hypervisor has no uid of its own.
+	Share func(ctx context.Context) error
 }
 
 // Restore is a state that an instance wrote.

@@ -21,6 +21,7 @@ import (
 type Jail interface {
 	Identity(ctx context.Context, vmID string) (vmm.RunAs, error)
 	Forget(ctx context.Context, vmID string) error
+	Share(ctx context.Context, vmID string, dir *os.File) error
 	List(ctx context.Context) ([]jail.VM, error)
 	Start(ctx context.Context, vmID string, s jail.Start, dir, output *os.File, files, pass []*os.File) (*proc.Process, []string, error)
 	Open(vmID string, id proc.Identity) (*proc.Process, error)
@@ -43,6 +44,21 @@ func (m *Manager) identify(ctx context.Context, id string) (vmm.RunAs, error) {
 		return m.o.RunAs(id), nil
 	}
 	return m.o.Jail.Identity(ctx, id)
+}
+
+// sharing is a machine's Share.
+func (m *Manager) sharing(id string) func(context.Context) error {
+	return func(ctx context.Context) error {
+		if m.o.Jail == nil {
+			return nil
+		}
+		dir, err := os.Open(m.vmDir(id))
+		if err != nil {
+			return err
+		}
+		defer dir.Close()
+		return m.o.Jail.Share(ctx, id, dir)
+	}
 }
 
 // forget gives back what identify gave.

@@ -48,6 +48,8 @@ func (j *fakeJail) Forget(_ context.Context, id string) error {
 	return j.there()
 }
 
+func (j *fakeJail) Share(context.Context, string, *os.File) error { return j.there() }
+
 func (j *fakeJail) List(context.Context) (out []jail.VM, err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()

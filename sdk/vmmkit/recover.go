@@ -288,7 +288,8 @@ func (v *machine) reconnectOnce(r *run) error {
 	defer cancel()
 	stop := endWith(ctx, cancel, r)
 	defer stop()
-	mach := Machine{ID: v.id, Dir: v.m.vmDir(v.id), Spec: v.running(r), Marker: r.rec.Marker, RunAs: v.now().RunAs, State: r.rec.Driver, Process: r.proc}
+	mach := Machine{ID: v.id, Dir: v.m.vmDir(v.id), Spec: v.running(r), Marker: r.rec.Marker, RunAs: v.now().RunAs, State: r.rec.Driver, Process: r.proc,
+		Share: v.m.sharing(v.id)}
 	l := &link{}
 	inst, err := v.m.o.Driver.Connect(ctx, mach, func(e Event) { v.event(r, l, e) })
 	if err != nil {

@@ -351,7 +351,7 @@ func (v *machine) hold(ctx context.Context, r *run, inst Instance, l *link) erro
 // machineFor makes what a driver is told of a VM, and the files that go with it.
 func (v *machine) machineFor(def store.Definition) (Machine, error) {
 	m := v.m
-	mach := Machine{ID: v.id, Dir: m.vmDir(v.id), Spec: cloneSpec(def.Spec), RunAs: v.as}
+	mach := Machine{ID: v.id, Dir: m.vmDir(v.id), Spec: cloneSpec(def.Spec), RunAs: v.as, Share: m.sharing(v.id)}
 	if k := def.Spec.Boot.KernelSHA256; k != "" {
 		mach.Kernel = m.kn.Path(k)
 		if _, err := os.Stat(mach.Kernel); err != nil {

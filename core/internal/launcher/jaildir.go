@@ -44,8 +44,8 @@ func acl(a, b uint32, perm uint16) []byte {
 // maxShared bounds what is looked at in a VM's directory.
 const maxShared = 10000
 
-// share gives a VM's uid what is in its directory. Only regular files and directories are touched that belong to
-// the plugin or to a VM, and that have one name: no link leads to anything else.
+// share gives the plugin and a VM's uid what is in the VM's directory. Only regular files, sockets and directories are
+// touched that belong to the plugin or to a VM, and that have one name: no link leads to anything else.
 func share(dir *os.File, plugin, vm uint32, ours func(uint32) bool) error {
 	left := maxShared
 	return shareDir(dir, plugin, vm, ours, &left, 0)
@@ -102,7 +102,7 @@ func shareEntry(f *os.File, plugin, vm uint32, ours func(uint32) bool, left *int
 	switch {
 	case st.Mode&unix.S_IFMT == unix.S_IFDIR && depth < 3:
 		return shareDir(f, plugin, vm, ours, left, depth+1)
-	case st.Mode&unix.S_IFMT == unix.S_IFREG && st.Nlink == 1:
+	case (st.Mode&unix.S_IFMT == unix.S_IFREG || st.Mode&unix.S_IFMT == unix.S_IFSOCK) && st.Nlink == 1:
 		err := unix.Setxattr(fmt.Sprintf("/proc/self/fd/%d", f.Fd()), "system.posix_acl_access", acl(plugin, vm, 6), 0)
 		if err != nil {
 			return fmt.Errorf("giving the VM access to %s: %w", f.Name(), err)

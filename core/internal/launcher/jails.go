@@ -86,7 +86,7 @@ func converse(f *os.File, log *slog.Logger, answer func(*jail.Request, []*os.Fil
 			return
 		}
 		r, err := jail.DecodeRequest(b)
-		if err == nil && len(files) > 0 && r.Verb != jail.VerbStart && r.Verb != jail.VerbWorker {
+		if err == nil && len(files) > 0 && r.Verb != jail.VerbStart && r.Verb != jail.VerbShare && r.Verb != jail.VerbWorker {
 			err = jail.ErrMalformed
 		}
 		if err == nil && pending.Add(1) > maxAsked {
@@ -134,6 +134,8 @@ func (j *jails) answer(r *jail.Request, files []*os.File) (*jail.Reply, *os.File
 		return &jail.Reply{VMs: j.uids.list()}, nil, nil
 	case jail.VerbStart:
 		return j.start(r.VM, r.Start, files)
+	case jail.VerbShare:
+		return &jail.Reply{}, nil, j.share(r.VM, files)
 	case jail.VerbExit:
 		return j.exit(r.VM, *r.Process), nil, nil
 	case jail.VerbWorker, jail.VerbEndWorker:
@@ -315,14 +317,7 @@ func (j *jails) openProgram(path string, id identity) (*os.File, error) {
 func (j *jails) plan(s *jail.Start, id identity, binary *os.File, files []*os.File) (*planner, error) {
 	p := &planner{spec: jailSpec{Base: j.base, Dir: s.Dir}}
 	dir := files[0]
-	var st unix.Stat_t
-	if err := unix.Fstat(int(dir.Fd()), &st); err != nil {
-		return p, os.NewSyscallError("fstat", err)
-	}
-	if st.Mode&unix.S_IFMT != unix.S_IFDIR || st.Uid != j.plugin.UID {
-		return p, errs.New(errs.Denied, "what was handed over as the VM's directory is not a directory of the vmm plugin's")
-	}
-	if err := share(dir, j.plugin.UID, id.UID, j.uids.has); err != nil {
+	if err := j.shareDir(dir, id.UID); err != nil {
 		return p, err
 	}
 	if err := errors.Join(p.system(), p.program(binary)); err != nil {
@@ -334,6 +329,7 @@ func (j *jails) plan(s *jail.Start, id identity, binary *os.File, files []*os.Fi
 	p.spec.Rules = append(p.spec.Rules, llRule{Path: s.Dir, Access: llOwn})
 	for i, path := range s.Files {
 		f := files[2+i]
+		var st unix.Stat_t
 		if err := unix.Fstat(int(f.Fd()), &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG {
 			return p, errs.New(errs.Invalid, "what was handed over for %s is not a regular file", path)
 		}
@@ -360,6 +356,29 @@ func (j *jails) plan(s *jail.Start, id identity, binary *os.File, files []*os.Fi
 		return nil
 	})
 	return p, err
+}
+
+// share is the verb: the VM has a uid, and the one descriptor is its directory.
+func (j *jails) share(vm string, files []*os.File) error {
+	uid, ok := j.uids.of(vm)
+	if !ok {
+		return errs.New(errs.NotFound, "VM %s has no uid", vm)
+	}
+	if len(files) != 1 {
+		return errs.New(errs.Invalid, "a VM's directory was to be shared, and %d descriptors came", len(files))
+	}
+	return j.shareDir(files[0], uid)
+}
+
+func (j *jails) shareDir(dir *os.File, uid uint32) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(dir.Fd()), &st); err != nil {
+		return os.NewSyscallError("fstat", err)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFDIR || st.Uid != j.plugin.UID {
+		return errs.New(errs.Denied, "what was handed over as the VM's directory is not a directory of the vmm plugin's")
+	}
+	return share(dir, j.plugin.UID, uid, j.uids.has)
 }
 
 func within(path, dir string) bool {

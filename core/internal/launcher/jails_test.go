@@ -1,8 +1,10 @@
 package launcher
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -414,4 +416,59 @@ func TestEndsAtOnce(t *testing.T) {
 func testOpener() {
 	unix.Umask(0)
 	select {}
+}
+
+// TestShare: what a hypervisor has made for itself alone in its VM's directory can be used by the plugin once it has
+// been shared; nothing else is given away.
+func TestShare(t *testing.T) {
+	p := newPrison(t, nil)
+	vm := ident.New()
+	open := func(path string) *os.File {
+		f, err := os.Open(path)
+		must(t, err)
+		t.Cleanup(func() { f.Close() })
+		return f
+	}
+	dir := p.vmDir(vm)
+	if err := p.cl.Share(t.Context(), vm, open(dir)); !errors.Is(err, errs.NotFound) {
+		t.Errorf("a VM without a uid: %v", err)
+	}
+	as, err := p.cl.Identity(t.Context(), vm)
+	must(t, err)
+	foreign := t.TempDir()
+	if err := p.cl.Share(t.Context(), vm, open(foreign)); !errors.Is(err, errs.Denied) {
+		t.Errorf("a directory that is not the plugin's: %v", err)
+	}
+
+	sock := filepath.Join(dir, "serial.sock")
+	l, err := net.Listen("unix", sock)
+	must(t, err)
+	defer l.Close()
+	root := filepath.Join(dir, "root")
+	must(t, os.WriteFile(root, nil, 0o600))
+	linked := filepath.Join(dir, "linked")
+	must(t, os.WriteFile(linked, nil, 0o600))
+	must(t, os.Link(linked, filepath.Join(p.dir, "outside")))
+	for _, path := range []string{sock, linked} {
+		must(t, os.Chown(path, int(as.UID), int(as.GID)))
+	}
+	must(t, os.Chmod(sock, 0o700))
+	must(t, p.cl.Share(t.Context(), vm, open(dir)))
+
+	list := func(path string) []byte {
+		b := make([]byte, 200)
+		n, err := unix.Getxattr(path, "system.posix_acl_access", b)
+		if err != nil {
+			return nil
+		}
+		return b[:n]
+	}
+	if got := list(sock); !bytes.Equal(got, acl(jailPlugin, as.UID, 6)) {
+		t.Errorf("the socket's list is %x", got)
+	}
+	for _, path := range []string{root, linked} {
+		if got := list(path); got != nil {
+			t.Errorf("%s was given away: %x", path, got)
+		}
+	}
 }

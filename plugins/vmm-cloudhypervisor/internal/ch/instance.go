@@ -26,6 +26,7 @@ import (
 const (
 	typeTimeout   = 5 * time.Second  // a guest may take that long to read what is typed
 	unplugTimeout = 30 * time.Second // and to let a device go
+	dialTimeout   = 5 * time.Second
 	redial        = 50 * time.Millisecond
 )
 
@@ -35,7 +36,8 @@ type instance struct {
 	state state
 	c     *chapi.Client
 	fn    func(vmmkit.Event)
-	done  chan struct{} // closed by Close
+	share func(context.Context) error // lets us use its sockets; or nil
+	done  chan struct{}               // closed by Close
 
 	mu      sync.Mutex // guards what follows
 	closed  bool
@@ -55,7 +57,7 @@ var (
 
 // Connect takes hold. A fresh process is given its VM and boots it.
 func (d *Driver) Connect(ctx context.Context, m vmmkit.Machine, fn func(vmmkit.Event)) (vmmkit.Instance, error) {
-	i := &instance{dir: m.Dir, fn: fn, c: chapi.New(m.Dir, apiSocket), done: make(chan struct{}), up: make(chan struct{}), removed: map[chan struct{}]string{}}
+	i := &instance{dir: m.Dir, fn: fn, share: m.Share, c: chapi.New(m.Dir, apiSocket), done: make(chan struct{}), up: make(chan struct{}), removed: map[chan struct{}]string{}}
 	if len(m.State) > 0 {
 		if err := json.Unmarshal(m.State, &i.state); err != nil {
 			return nil, errs.Wrap(errs.Corrupt, err, "what is stored of the hypervisor is damaged")
@@ -313,9 +315,7 @@ func (i *instance) Quit(ctx context.Context) error {
 func (i *instance) Feed(log *console.Log) {
 	buf := make([]byte, 16<<10)
 	for {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-		conn, err := unixsock.Dial(ctx, i.dir, serialSocket)
-		cancel()
+		conn, err := i.dialSerial()
 		if err == nil {
 			i.setSerial(conn)
 			for {
@@ -337,6 +337,21 @@ func (i *instance) Feed(log *console.Log) {
 		case <-time.After(redial):
 		}
 	}
+}
+
+// dialSerial connects to the serial port. cloud-hypervisor makes its sockets for its own uid alone, which in a jail is
+// not ours (its umask is 077, and access control lists are cut by it).
+func (i *instance) dialSerial() (*net.UnixConn, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), dialTimeout)
+	defer cancel()
+	conn, err := unixsock.Dial(ctx, i.dir, serialSocket)
+	if errors.Is(err, os.ErrPermission) && i.share != nil {
+		if err := i.share(ctx); err != nil {
+			return nil, err
+		}
+		return unixsock.Dial(ctx, i.dir, serialSocket)
+	}
+	return conn, err
 }
 
 func (i *instance) setSerial(c *net.UnixConn) {
