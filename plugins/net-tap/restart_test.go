@@ -68,7 +68,11 @@ func TestRestarts(t *testing.T) {
 		p.Kill()
 		<-p.Exited()
 		p = launch(t, dir)
-		if now := worker(); now != pid {
+		now := worker()
+		for end := time.Now().Add(30 * time.Second); now == 0 && time.Now().Before(end); now = worker() {
+			time.Sleep(5 * time.Millisecond) // it answers before it has adopted its workers
+		}
+		if now != pid {
 			t.Errorf("worker %d, then %d", pid, now)
 		}
 	}

@@ -84,9 +84,9 @@ func TestSpoofing(t *testing.T) {
 	files = overlay(t, files, root)
 	sh(t, `ip netns add forge
 ip link add ext7 type veth peer name w7 netns forge
-ip addr add 198.51.100.2/24 dev ext7; ip link set ext7 up
-ip -n forge addr add 198.51.100.1/24 dev w7; ip -n forge link set w7 up
-ip route replace default via 198.51.100.1`)
+ip addr add 198.18.7.2/24 dev ext7; ip link set ext7 up
+ip -n forge addr add 198.18.7.1/24 dev w7; ip -n forge link set w7 up
+ip route replace default via 198.18.7.1`)
 	t.Cleanup(func() { _ = exec.Command("sh", "-c", "ip link del ext7; ip netns del forge").Run() })
 	dir, err := os.MkdirTemp("/run", "spoof")
 	if err != nil {
@@ -126,7 +126,7 @@ ip route replace default via 198.51.100.1`)
 			peer, _ := wire.ParseMAC(b.nic.MAC)
 			facts := spoof.Facts{MAC: mac, My4: a.nic.IPv4, My6: a.nic.IPv6, Own4: a.nic.RoutedPrefixes[0], Own6: a.nic.RoutedPrefixes[1],
 				PeerMAC: peer, Peer4: b.nic.IPv4, Peer6: b.nic.IPv6, Peers4: b.nic.RoutedPrefixes[0], Peers6: b.nic.RoutedPrefixes[1],
-				Far4: []netip.Addr{nicC.IPv4, netip.MustParseAddr("198.51.100.1")}, Far6: []netip.Addr{nicC.IPv6}, Other4: nicD.IPv4, Other6: nicD.IPv6}
+				Far4: []netip.Addr{nicC.IPv4, netip.MustParseAddr("198.18.7.1")}, Far6: []netip.Addr{nicC.IPv6}, Other4: nicD.IPv4, Other6: nicD.IPv6}
 			text, err := json.Marshal(facts)
 			if err != nil {
 				t.Fatal(err)

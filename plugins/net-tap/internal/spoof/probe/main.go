@@ -14,9 +14,11 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -76,17 +78,33 @@ func run(args []string) error {
 		return err
 	}
 	frames := spoof.Suite(&f)
-	for i, x := range frames {
-		if err := unix.Sendto(fd, x.Data, 0, &unix.SockaddrLinklayer{Ifindex: ifi.Index}); err != nil {
-			return fmt.Errorf("%s: %w", x.Class, err)
+	last := slices.IndexFunc(frames, func(x spoof.Frame) bool { return x.Class == spoof.Last })
+	if last < 0 {
+		return errors.New("the suite has no last packet")
+	}
+	// Packets may be lost on the way: a kernel keeps few for a neighbour whose address it still asks for. So all are
+	// sent several times, and the last ones until nobody can have missed them.
+	for round := range rounds {
+		part := frames[:last]
+		if round >= rounds/2 {
+			part = frames[last:]
 		}
-		if i%16 == 15 {
-			time.Sleep(5 * time.Millisecond) // not faster than a guest without KVM can listen
+		for i, x := range part {
+			if err := unix.Sendto(fd, x.Data, 0, &unix.SockaddrLinklayer{Ifindex: ifi.Index}); err != nil {
+				return fmt.Errorf("%s: %w", x.Class, err)
+			}
+			if i%16 == 15 {
+				time.Sleep(5 * time.Millisecond) // not faster than a guest without KVM can listen
+			}
 		}
+		time.Sleep(200 * time.Millisecond)
 	}
 	fmt.Println("probe: sent", len(frames))
 	return nil
 }
+
+// rounds is how often the suite is sent: half of them all but the last packets, then these.
+const rounds = 20
 
 // listen takes what comes in, not what the machine itself sends.
 func listen(fd int, own wire.MAC) error {
