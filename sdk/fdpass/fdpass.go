@@ -410,7 +410,7 @@ func receive(c *net.UnixConn) ([]byte, []*os.File, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	files, err := parse(oob[:oobn])
+	files, err := parse(oob[:oobn], false)
 	if err == nil && (flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 || len(files) > MaxFiles) {
 		err = errors.New("packet too large")
 	}
@@ -424,7 +424,7 @@ func receive(c *net.UnixConn) ([]byte, []*os.File, error) {
 	return buf[:n], files, nil
 }
 
-func parse(oob []byte) (files []*os.File, err error) {
+func parse(oob []byte, nonBlock bool) (files []*os.File, err error) {
 	if len(oob) == 0 {
 		return nil, nil
 	}
@@ -438,6 +438,9 @@ func parse(oob []byte) (files []*os.File, err error) {
 			continue
 		}
 		for _, fd := range fds {
+			if nonBlock {
+				_ = unix.SetNonblock(fd, true) // fails for no descriptor that was just received
+			}
 			files = append(files, os.NewFile(uintptr(fd), fmt.Sprintf("received-%d", fd)))
 		}
 	}

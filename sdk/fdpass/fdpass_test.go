@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -448,9 +449,51 @@ func FuzzParse(f *testing.F) {
 				}
 			}
 		}
-		files, _ := parse(oob)
+		files, _ := parse(oob, true)
 		if len(files) > 0 {
 			t.Errorf("%d files of nothing", len(files))
 		}
 	})
+}
+
+// TestPackets: a packet arrives whole with its descriptors; one that is too long or has too many of them is refused and
+// leaks none; the end is told.
+func TestPackets(t *testing.T) {
+	fa, fb, err := PacketPair("a", "b")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer fb.Close()
+	a, b := Packets{File: fa}, Packets{File: fb, MaxBytes: 8, MaxFiles: 2}
+	before := fds(t)
+	text := file(t, "text")
+	if err := a.Send([]byte("12345678"), text, text); err != nil {
+		t.Fatal(err)
+	}
+	got, files, err := b.Receive()
+	if err != nil || string(got) != "12345678" || len(files) != 2 || read(t, files[0]) != "text" {
+		t.Fatalf("%q, %d files, %v", got, len(files), err)
+	}
+	closeAll(files)
+	for _, bad := range []struct {
+		b     string
+		files []*os.File
+		want  error
+	}{{"123456789", []*os.File{text}, ErrTooLong}, {"1", []*os.File{text, text, text}, ErrTooLong}, {"1", slices.Repeat([]*os.File{text}, 200), ErrTooLong}} {
+		if err := a.Send([]byte(bad.b), bad.files...); err != nil {
+			t.Fatal(err)
+		}
+		got, files, err := b.Receive()
+		if !errors.Is(err, bad.want) || got != nil || files != nil {
+			t.Errorf("%q with %d files: %q, %d files, %v", bad.b, len(bad.files), got, len(files), err)
+		}
+	}
+	text.Close()
+	if now := settled(t, before); now != before {
+		t.Errorf("%d descriptors, before %d", now, before)
+	}
+	fa.Close()
+	if got, files, err := b.Receive(); got != nil || files != nil || err != nil {
+		t.Errorf("at the end: %q, %v, %v", got, files, err)
+	}
 }

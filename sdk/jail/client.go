@@ -6,6 +6,7 @@ import (
 	"strconv"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -28,6 +29,9 @@ type answer struct {
 	r     *Reply
 	files []*os.File
 }
+
+// answerTime is how long the launcher may take to answer what takes it no time.
+const answerTime = 5 * time.Second
 
 // FromEnv is the client of the socket that this process was started with, or nil when it was started without.
 // The socket is not inherited any further.
@@ -238,7 +242,7 @@ func (k workerKeeper) Signal(id proc.Identity, sig syscall.Signal) error {
 	if sig != syscall.SIGKILL {
 		return errs.New(errs.Unsupported, "a worker is killed or left alone")
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), sendTime)
+	ctx, cancel := context.WithTimeout(context.Background(), answerTime)
 	defer cancel()
 	return k.cl.EndWorker(ctx, id)
 }
@@ -289,7 +293,7 @@ type keeper struct {
 }
 
 func (k keeper) Signal(id proc.Identity, sig syscall.Signal) error {
-	ctx, cancel := context.WithTimeout(context.Background(), sendTime)
+	ctx, cancel := context.WithTimeout(context.Background(), answerTime)
 	defer cancel()
 	_, err := k.cl.do(ctx, &Request{Verb: VerbSignal, VM: k.vm, Process: &Process{id.PID, id.StartTime}, Signal: int(sig)})
 	if errs.KindOf(err) == errs.NotFound {
@@ -299,7 +303,7 @@ func (k keeper) Signal(id proc.Identity, sig syscall.Signal) error {
 }
 
 func (k keeper) Exit(id proc.Identity) (syscall.WaitStatus, bool) {
-	ctx, cancel := context.WithTimeout(context.Background(), sendTime)
+	ctx, cancel := context.WithTimeout(context.Background(), answerTime)
 	defer cancel()
 	r, err := k.cl.do(ctx, &Request{Verb: VerbExit, VM: k.vm, Process: &Process{id.PID, id.StartTime}})
 	if err != nil || !r.Known {

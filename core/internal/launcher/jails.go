@@ -268,8 +268,8 @@ func (j *jails) start(vm string, s *jail.Start, files []*os.File) (*jail.Reply, 
 		}
 		return nil, nil, err
 	}
-	j.remember(vm, c)
 	share, err := unix.FcntlInt(c.share.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	j.remember(vm, c) // which closes c once it has ended
 	if err != nil {
 		c.signal(unix.SIGKILL)
 		return nil, nil, os.NewSyscallError("fcntl", err)

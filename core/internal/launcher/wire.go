@@ -3,14 +3,12 @@ package launcher
 import (
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"os"
 	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/mvirt/mvirt/sdk/errs"
+	"github.com/mvirt/mvirt/sdk/fdpass"
 	"github.com/mvirt/mvirt/sdk/service"
 )
 
@@ -188,97 +186,31 @@ func exitOf(m *message) Exit {
 	return Exit{Code: int(m.Code), Signal: syscall.Signal(m.Signal), At: time.Unix(0, m.At)}
 }
 
-// sendTime is how long a message may wait for room in the socket: the other end answers in microseconds.
-const sendTime = 5 * time.Second
-
-// hangUp ends the conversation for both ends; a reader of ours sees its end.
-func (c conn) hangUp() {
-	if raw, err := c.f.SyscallConn(); err == nil {
-		_ = raw.Control(func(fd uintptr) { _ = unix.Shutdown(int(fd), unix.SHUT_RDWR) })
-	}
-}
-
 // conn is one end of the socketpair. send may be called concurrently; recv by one goroutine.
 type conn struct{ f *os.File }
 
 // newConnPair makes both ends; each must be closed.
-func newConnPair() (a, b *os.File, err error) {
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
-	if err != nil {
-		return nil, nil, os.NewSyscallError("socketpair", err)
-	}
-	return os.NewFile(uintptr(fds[0]), "core"), os.NewFile(uintptr(fds[1]), "launcher"), nil
+func newConnPair() (a, b *os.File, err error) { return fdpass.PacketPair("core", "launcher") }
+
+// packets is the connection below the messages.
+func (c conn) packets() fdpass.Packets {
+	return fdpass.Packets{File: c.f, MaxBytes: maxMessage, MaxFiles: maxFDs, NonBlock: true}
 }
 
+// hangUp ends the conversation for both ends; a reader of ours sees its end.
+func (c conn) hangUp() { c.packets().HangUp() }
+
 func (c conn) send(m *message, files ...*os.File) error {
-	raw, err := c.f.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var oob []byte
-	if len(files) > 0 {
-		fds := make([]int, len(files))
-		for i, f := range files {
-			fds[i] = int(f.Fd())
-		}
-		oob = unix.UnixRights(fds...)
-	}
-	// A peer that does not read must not hold up the launcher; both ends are given the same time.
-	if err := c.f.SetWriteDeadline(time.Now().Add(sendTime)); err != nil {
-		return err
-	}
-	b := encodeMessage(m)
-	var serr error
-	err = raw.Write(func(fd uintptr) bool {
-		serr = unix.Sendmsg(int(fd), b, oob, nil, unix.MSG_NOSIGNAL)
-		return !errors.Is(serr, unix.EAGAIN)
-	})
-	return errors.Join(err, os.NewSyscallError("sendmsg", serr))
+	return c.packets().Send(encodeMessage(m), files...)
 }
 
 // recv returns the next message; the files are the caller's to close. At the end: nil, nil, nil.
 func (c conn) recv() (*message, []*os.File, error) {
-	raw, err := c.f.SyscallConn()
-	if err != nil {
+	b, files, err := c.packets().Receive()
+	if err != nil || b == nil {
 		return nil, nil, err
 	}
-	b := make([]byte, maxMessage)
-	oob := make([]byte, unix.CmsgSpace(maxFDs*4))
-	var n, on, flags int
-	var rerr error
-	if err := raw.Read(func(fd uintptr) bool {
-		n, on, flags, _, rerr = unix.Recvmsg(int(fd), b, oob, unix.MSG_CMSG_CLOEXEC)
-		return !errors.Is(rerr, unix.EAGAIN)
-	}); err != nil {
-		return nil, nil, err
-	}
-	if rerr != nil {
-		return nil, nil, os.NewSyscallError("recvmsg", rerr)
-	}
-	var files []*os.File
-	if on > 0 {
-		cmsgs, err := unix.ParseSocketControlMessage(oob[:on])
-		for i := range cmsgs {
-			fds, ferr := unix.ParseUnixRights(&cmsgs[i])
-			if ferr == nil {
-				for _, fd := range fds {
-					_ = unix.SetNonblock(fd, true) // so that os.File uses the poller: deadlines, Close while reading
-					files = append(files, os.NewFile(uintptr(fd), "received"))
-				}
-			}
-		}
-		if err != nil {
-			closeAll(files)
-			return nil, nil, err
-		}
-	}
-	if n == 0 && len(files) == 0 {
-		return nil, nil, nil
-	}
-	m, err := decodeMessage(b[:n])
-	if flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 {
-		err = fmt.Errorf("%w: truncated", errWire)
-	}
+	m, err := decodeMessage(b)
 	if err != nil {
 		closeAll(files)
 		return nil, nil, err
