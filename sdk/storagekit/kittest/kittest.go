@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync/atomic"
+	"syscall"
 
 	"github.com/mvirt/mvirt/sdk/ident"
 	"github.com/mvirt/mvirt/sdk/service"
@@ -22,6 +24,19 @@ type Story struct {
 	// From is the step to go on at, for who repeats only the request that was interrupted; Began is told of each.
 	From  int
 	Began func(step int)
+}
+
+// KillAt is a fail point that kills the process with SIGKILL at the n-th place, once it has printed that place's name,
+// and how many places it has passed.
+func KillAt(n int64) (fail func(name string), passed *atomic.Int64) {
+	passed = new(atomic.Int64)
+	return func(name string) {
+		if passed.Add(1) == n {
+			fmt.Println(name)
+			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
+			select {}
+		}
+	}, passed
 }
 
 const size = 10 << 20

@@ -8,7 +8,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -24,15 +23,8 @@ func crashChild(args []string) int {
 	if err != nil {
 		return 3
 	}
-	var passed atomic.Int64
 	o := options()
-	o.FailPoint = func(name string) {
-		if passed.Add(1) == n {
-			fmt.Println(name)
-			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
-			select {}
-		}
-	}
+	o.FailPoint, _ = kittest.KillAt(n)
 	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
 	defer cancel()
 	b, err := New(args[0], o.FailPoint)

@@ -39,15 +39,9 @@ func crashChild(args []string) int {
 	if err != nil {
 		return 3
 	}
-	var passed atomic.Int64
 	o := kitOptions()
-	o.FailPoint = func(name string) {
-		if passed.Add(1) == n {
-			fmt.Println(name)
-			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
-			select {}
-		}
-	}
+	var passed *atomic.Int64
+	o.FailPoint, passed = kittest.KillAt(n)
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Minute)
 	defer cancel()
 	var s *storagekit.Service
